@@ -1,0 +1,137 @@
+#include "cpu/arguments.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <initializer_list>
+
+#include "common/half.h"
+#include "cpu/message.h"
+
+namespace modes {
+namespace {
+
+// Memory for the rows of one round, and the fewest rows worth a round.
+constexpr int64_t kRoundBytes = int64_t{128} << 20;
+constexpr int64_t kFewestRows = 1024;
+
+bool fits(std::initializer_list<int64_t> sizes) {
+  int64_t product = 16;  // room for element sizes and sums of a few
+  for (int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product)) return false;
+  }
+  return true;
+}
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace
+
+modes_status fail(modes_message* message, modes_status status, const char* format, ...) {
+  if (message) {
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(message->text, sizeof message->text, format, values);
+    va_end(values);
+  }
+  return status;
+}
+
+modes_status check_sizes(const modes_args* args, modes_message* message) {
+  if (!args) return fail(message, MODES_BAD_ARGUMENT, "args is null");
+  if (args->struct_size != sizeof(modes_args)) {
+    return fail(message, MODES_BAD_ARGUMENT, "modes_args has %llu bytes, this library (%s) expects %zu",
+                static_cast<unsigned long long>(args->struct_size), modes_version(), sizeof(modes_args));
+  }
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } sizes[] = {{"tokens", args->tokens, 0},   {"hidden", args->hidden, 1}, {"intermediate", args->intermediate, 1},
+               {"experts", args->experts, 1}, {"top_k", args->top_k, 1},   {"groups", args->groups, 1}};
+  for (const auto& size : sizes) {
+    if (size.value < size.least) {
+      return fail(message, MODES_BAD_SHAPE, "%s is `%lld`, must be at least %lld", size.name,
+                  static_cast<long long>(size.value), static_cast<long long>(size.least));
+    }
+  }
+  // Rows of a round are counted in int32, and a round holds at least one token's.
+  if (args->top_k > INT32_MAX || args->groups > INT32_MAX || !fits({args->tokens, args->hidden}) ||
+      !fits({args->tokens, args->top_k}) || !fits({args->groups, args->experts}) ||
+      !fits({args->experts, args->intermediate, args->hidden}) ||
+      !fits({std::max(args->top_k, kFewestRows), args->intermediate}) ||
+      !fits({std::max(args->top_k, kFewestRows), args->hidden})) {
+    return fail(message, MODES_BAD_SHAPE, "the sizes are too large");
+  }
+  const struct {
+    const char* name;
+    int32_t value, count;
+  } choices[] = {{"activation_dtype", args->activation_dtype, 3},
+                 {"weight_dtype", args->weight_dtype, 3},
+                 {"id_dtype", args->id_dtype, 2},
+                 {"activation", args->activation, 3},
+                 {"transposed", args->transposed, 2},
+                 {"interleaved", args->interleaved, 2},
+                 {"score_scale_per_expert", args->score_scale_per_expert, 2}};
+  for (const auto& choice : choices) {
+    if (choice.value < 0 || choice.value >= choice.count) {
+      return fail(message, MODES_BAD_ARGUMENT, "%s is `%d`, must be 0..%d", choice.name, choice.value, choice.count - 1);
+    }
+  }
+  if (args->activation == MODES_SWIGLU_OAI && !(args->limit >= 0.0f)) {
+    return fail(message, MODES_BAD_ARGUMENT, "limit is `%g`, must not be negative", static_cast<double>(args->limit));
+  }
+  return MODES_OK;
+}
+
+modes_status check_pointers(const modes_args& args, modes_message* message) {
+  const bool some = args.tokens > 0;
+  const int64_t element = dtype_size(args.activation_dtype), id = args.id_dtype == MODES_I64 ? 8 : 4;
+  const struct {
+    const char* name;
+    const void* pointer;
+    bool required;
+    int64_t alignment;
+  } pointers[] = {{"x", args.x, some, element},
+                  {"expert_ids", args.expert_ids, some, id},
+                  {"expert_weights", args.expert_weights, some, element},
+                  {"group", args.group, some, 4},
+                  {"tau", args.tau, true, 4},
+                  {"score_scale", args.score_scale, true, 4},
+                  {"score", args.score, false, 4},
+                  {"gate_up", args.gate_up, true, 1},
+                  {"down", args.down, true, 1},
+                  {"out", args.out, some, element},
+                  {"kept", args.kept, false, 8}};
+  for (const auto& p : pointers) {
+    if (p.required && !p.pointer) return fail(message, MODES_BAD_ARGUMENT, "%s is null", p.name);
+    if (!aligned(p.pointer, p.alignment)) {
+      return fail(message, MODES_BAD_ARGUMENT, "%s is not aligned to %d bytes", p.name, static_cast<int>(p.alignment));
+    }
+  }
+  return MODES_OK;
+}
+
+WorkspaceLayout workspace_layout(const modes_args& args) {
+  WorkspaceLayout layout{};
+  const int64_t pairs = args.tokens * args.top_k;
+  const int64_t affordable = kRoundBytes / 4 / std::max<int64_t>(args.hidden + args.intermediate, 1);
+  layout.capacity = std::min(pairs, std::max({affordable, kFewestRows, args.top_k}));
+  layout.capacity = std::max(std::min<int64_t>(layout.capacity, INT32_MAX), args.top_k);
+  const auto take = [&](int64_t count, size_t size) {
+    const size_t at = layout.bytes;
+    layout.bytes += (static_cast<size_t>(count) * size + MODES_ALIGNMENT - 1) / MODES_ALIGNMENT * MODES_ALIGNMENT;
+    return at;
+  };
+  layout.offsets = take(args.experts + 1, sizeof(int64_t));
+  layout.cursor = take(args.experts, sizeof(int64_t));
+  layout.active_expert = take(args.experts, sizeof(int64_t));
+  layout.row_token = take(layout.capacity, sizeof(int64_t));
+  layout.position = take(pairs, sizeof(int32_t));
+  layout.x = take(args.activation_dtype == MODES_F32 ? 0 : args.tokens * args.hidden, sizeof(float));
+  layout.inner = take(layout.capacity * args.intermediate, sizeof(float));
+  layout.outer = take(layout.capacity * args.hidden, sizeof(float));
+  return layout;
+}
+
+}  // namespace modes

@@ -1,0 +1,127 @@
+/* Skipped-expert MoE layer: the one contract between the kernels and whoever calls them.
+ *
+ *   for each token t and top-k slot j, with w = expert_weights:
+ *     pi    = w[t,j] / (w[t,0] + ... + w[t,k-1])                  sum taken in slot order, float32
+ *     s     = score ? score[t,j] : score_scale[group[t](, expert)] * pi
+ *     keep  = s >= tau[group[t]]
+ *   out[t]  = sum over kept j, in slot order, of w[t,j] * expert_e(x[t])       e = expert_ids[t,j]
+ *   expert_e(v) = down[e] . act(gate[e] . v + gate_bias[e], up[e] . v + up_bias[e]) + down_bias[e]
+ *
+ * This is the modulated threshold of MoDES (arXiv:2511.15690, eq. 3 and 5): score_scale is the layer importance alpha
+ * of a token group, pi the routing probability, tau the threshold of the group. Kept weights are not renormalised.
+ *
+ * The pair is decided in float32 without fused multiply-add, so that plain float32 code elsewhere decides the same.
+ * tau = 0 keeps every pair, tau = +inf none (the output is then exactly 0). A comparison with NaN keeps the pair:
+ * the NaN of one token shows in that token's output, and in no other's, instead of turning into zeros.
+ *
+ * Sums are float32 whatever the dtypes. Same input, same bits, whatever the number of threads (not: whatever the CPU).
+ * Offsets are 64-bit. Nothing is retained after a call returns. Calls may run at the same time from many threads.
+ */
+#ifndef MODES_H_
+#define MODES_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define MODES_EXPORT __declspec(dllexport)
+#else
+#define MODES_EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef enum modes_status {
+  MODES_OK = 0,
+  MODES_BAD_ARGUMENT = 1,  /* a null or misaligned pointer, an unknown enumerator, another version of modes_args */
+  MODES_BAD_SHAPE = 2,     /* a size that is not positive, or sizes whose product overflows */
+  MODES_BAD_EXPERT_ID = 3, /* an expert id outside 0..E-1; the message names token and slot */
+  MODES_BAD_GROUP = 4,     /* a group outside 0..G-1; the message names the token */
+  MODES_BAD_WORKSPACE = 5, /* the workspace is smaller than asked for, or not aligned to MODES_ALIGNMENT */
+  MODES_NO_MEMORY = 6,
+  MODES_PARALLEL_FOR = 7, /* the caller's parallel_for returned non-zero */
+  MODES_NO_DEVICE = 8,
+  MODES_CUDA = 9
+} modes_status;
+
+typedef enum modes_dtype { MODES_F32 = 0, MODES_F16 = 1, MODES_BF16 = 2 } modes_dtype;
+typedef enum modes_id_dtype { MODES_I64 = 0, MODES_I32 = 1 } modes_id_dtype;
+
+typedef enum modes_activation {
+  MODES_SILU = 0,       /* gate * sigmoid(gate) * up */
+  MODES_GELU_TANH = 1,  /* gelu(gate), tanh form, * up */
+  MODES_SWIGLU_OAI = 2  /* g = min(gate, limit), u = clamp(up, +-limit): g * sigmoid(alpha * g) * (u + 1) */
+} modes_activation;
+
+/* T tokens, H hidden, I intermediate, E experts, k = top_k, G groups. "A" is activation_dtype, "W" weight_dtype.
+ * gate_up, down and the biases may have any alignment (they are read where a file was mapped); every other pointer is
+ * aligned to its element. `out` overlaps no input. */
+typedef struct modes_args {
+  uint64_t struct_size; /* sizeof(modes_args) */
+  int64_t tokens, hidden, intermediate, experts, top_k, groups; /* tokens may be 0, the others may not */
+  int32_t activation_dtype;       /* modes_dtype */
+  int32_t weight_dtype;           /* modes_dtype; may differ from activation_dtype */
+  int32_t id_dtype;               /* modes_id_dtype */
+  int32_t activation;             /* modes_activation */
+  float alpha, limit;             /* swiglu_oai only */
+  int32_t transposed;             /* 0: gate_up [E, 2I, H], down [E, H, I];  1: gate_up [E, H, 2I], down [E, I, H] */
+  int32_t interleaved;            /* 0: I gate rows, then I up rows;  1: gate and up rows in turn */
+  int32_t score_scale_per_expert; /* 0: score_scale [G];  1: score_scale [G, E] */
+  int32_t threads;                /* of the library's own pool; 0: modes_cpu_threads(). No effect with a parallel_for */
+  const void* x;                  /* [T, H] A */
+  const void* expert_ids;         /* [T, k] id_dtype, 0 <= id < E, checked */
+  const void* expert_weights;     /* [T, k] A: what the expert's output is multiplied with */
+  const int32_t* group;           /* [T]    0 <= group < G, checked */
+  const float* tau;               /* [G] */
+  const float* score_scale;       /* [G] or [G, E] */
+  const float* score;             /* [T, k] or null: compared with tau instead of score_scale * pi */
+  const void* gate_up;            /* W */
+  const void* down;               /* W */
+  const void* gate_up_bias;       /* [E, 2I] W or null, ordered as the rows of gate_up */
+  const void* down_bias;          /* [E, H] W or null */
+  void* out;                      /* [T, H] A, fully written; unspecified after an error */
+  int64_t* kept;                  /* [G] or null: receives the number of kept pairs of each group */
+} modes_args;
+
+/* Runs task(state, i) once for each i in 0..tasks-1, in any order, on any threads, and returns when all have run:
+ * 0, or anything else for failure. */
+typedef void (*modes_task)(void* state, size_t index);
+typedef struct modes_parallel_for {
+  void* context;
+  int (*run)(void* context, size_t tasks, modes_task task, void* state);
+} modes_parallel_for;
+
+/* A null-terminated English sentence; empty after MODES_OK. */
+typedef struct modes_message {
+  char text[256];
+} modes_message;
+
+#define MODES_ALIGNMENT 64
+
+/* "0.1.0" */
+MODES_EXPORT const char* modes_version(void);
+
+/* Scratch bytes that modes_cpu_skip_experts needs for these sizes and dtypes; pointers are not read. Grows with the
+ * tokens up to about 128 MiB; float16 and bfloat16 activations add a float32 copy of x. */
+MODES_EXPORT modes_status modes_cpu_workspace_size(const modes_args* args, size_t* bytes, modes_message* message);
+
+/* Host memory only. `parallel_for` null: the library's own threads. `workspace` null: scratch memory that the library
+ * keeps between calls. `message` may be null. */
+MODES_EXPORT modes_status modes_cpu_skip_experts(const modes_args* args, const modes_parallel_for* parallel_for,
+                                                 void* workspace, size_t workspace_bytes, modes_message* message);
+
+/* Threads that the library's own pool uses where a call asks for 0: what was set last, else $MODES_NUM_THREADS, else
+ * the processors this process may run on. Setting 0 or less returns to that default. */
+MODES_EXPORT void modes_cpu_set_threads(int32_t threads);
+MODES_EXPORT int32_t modes_cpu_threads(void);
+
+/* The instruction set the expert kernels were chosen for: "avx512", "avx2" or "baseline". The widest that the CPU has;
+ * $MODES_CPU_ISA names a narrower one (to compare, or to test them all on one machine). */
+MODES_EXPORT const char* modes_cpu_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

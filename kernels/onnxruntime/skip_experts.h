@@ -1,0 +1,65 @@
+// modes::SkipExperts as ONNX Runtime sees it: its inputs, outputs, and the callbacks of its kernel.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "modes.h"
+#include "onnxruntime/ort_abi.h"
+
+namespace modes_ort {
+
+enum Input : size_t {
+  kHidden,  // [T, H] or [B, S, H]
+  kExpertIds,
+  kExpertWeights,
+  kGroup,
+  kTau,
+  kScoreScale,
+  kGateUp,
+  kDown,
+  kGateUpBias,  // optional, as are those after it
+  kDownBias,
+  kScore,
+  kInputs
+};
+enum Output : size_t {
+  kOutput,  // shape of hidden
+  kKept,    // optional [G] int64: pairs of each group that were computed in this call
+  kOutputs
+};
+
+extern const char* const kInputName[kInputs];
+
+// "modes.SkipExperts: <text>" as a status that ONNX Runtime owns.
+OrtStatus* error(const ort::Api* api, int code, const std::string& text);
+
+struct Attributes {
+  int32_t activation = MODES_SILU;
+  float alpha = 1.702f, limit = 7.0f;
+  bool transposed = false, interleaved = false;
+};
+
+OrtStatus* read_attributes(const ort::Api* api, const OrtKernelInfo* info, Attributes* attributes);
+
+// One input as the context holds it; data is null where an optional input is absent.
+struct Tensor {
+  static constexpr size_t kMaxRank = 4;
+  void* data = nullptr;
+  int element = ort::kUndefined;
+  size_t rank = 0;
+  int64_t shape[kMaxRank] = {};
+};
+
+OrtStatus* read_tensor(const ort::Api* api, const OrtKernelContext* context, size_t index, Tensor* tensor);
+
+// Fills sizes, dtypes and input pointers of `args` from the tensors, each shape checked against the others.
+OrtStatus* bind(const ort::Api* api, const Attributes& attributes, const Tensor* inputs, modes_args* args);
+
+// Kernel callbacks (kernel.cpp).
+OrtStatus* create_kernel(const ort::CustomOp*, const ort::Api* api, const OrtKernelInfo* info, void** kernel);
+OrtStatus* compute(void* kernel, OrtKernelContext* context);
+void destroy_kernel(void* kernel);
+
+}  // namespace modes_ort

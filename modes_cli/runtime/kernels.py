@@ -1,0 +1,236 @@
+"""The operator library from Python: a ctypes binding, and the PyTorch operator `modes::skip_experts` on top of it.
+
+The library is found and loaded when it is first needed. Its contract is `kernels/include/modes.h`; what is kept follows
+MoDES (arXiv:2511.15690, eq. 3 and 5): `score_scale[group] * pi >= tau[group]` with `pi = w / sum(w)`.
+
+Importing this module defines `torch.ops.modes.skip_experts`, for the CPU and for fake tensors, so that `torch.export`,
+`torch.compile` and the ONNX exporter see one operator.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import modes_cli
+from modes_cli.errors import KernelError
+
+LIBRARY = "libmodes_cpu.so"
+REBUILD = "install the package again: `pip install modes`, or `pip install -e . --no-deps --no-build-isolation` in a checkout"
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ID_DTYPES = {torch.int64: 0, torch.int32: 1}
+
+
+class _Args(ctypes.Structure):
+    """`modes_args` of modes.h, field by field."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint64),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "intermediate", "experts", "top_k", "groups")),
+        *((name, ctypes.c_int32) for name in ("activation_dtype", "weight_dtype", "id_dtype", "activation")),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("transposed", "interleaved", "score_scale_per_expert", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "expert_ids", "expert_weights", "group", "tau", "score_scale", "score")),
+        *((name, ctypes.c_void_p) for name in ("gate_up", "down", "gate_up_bias", "down_bias", "out", "kept")),
+    )
+
+
+class _Message(ctypes.Structure):
+    _fields_ = (("text", ctypes.c_char * 256),)
+
+
+def library_path() -> Path | None:
+    """Where the operator library lies, or None when this installation has none. ONNX Runtime is given this path."""
+    # An editable install has two places: the checkout, and site-packages with what CMake built.
+    for folder in modes_cli.__path__:
+        path = Path(folder) / "lib" / LIBRARY
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The loaded library. Raises KernelError when it is missing or cannot be loaded."""
+    path = library_path()
+    if path is None:
+        raise KernelError(f"the operator library `{LIBRARY}` is not installed", hint=REBUILD)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError(f"the operator library `{path}` does not load: {error}", hint=REBUILD) from error
+    library.modes_version.restype = ctypes.c_char_p
+    library.modes_cpu_isa.restype = ctypes.c_char_p
+    library.modes_cpu_threads.restype = ctypes.c_int32
+    library.modes_cpu_set_threads.argtypes = [ctypes.c_int32]
+    library.modes_cpu_set_threads.restype = None
+    library.modes_cpu_skip_experts.argtypes = [
+        ctypes.POINTER(_Args),
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.POINTER(_Message),
+    ]
+    library.modes_cpu_skip_experts.restype = ctypes.c_int
+    return library
+
+
+def available() -> bool:
+    """Whether the operator library is there and loads."""
+    try:
+        load()
+    except KernelError:
+        return False
+    return True
+
+
+def version() -> str:
+    """The version the operator library was built as."""
+    return str(load().modes_version().decode())
+
+
+def isa() -> str:
+    """The instruction set its CPU kernels were chosen for: `avx512`, `avx2` or `baseline`."""
+    return str(load().modes_cpu_isa().decode())
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise KernelError(f"{name} has shape `{list(tensor.shape)}`, expected {names} = {list(shape)}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise KernelError(f"{name} is `{str(tensor.dtype).removeprefix('torch.')}`, expected {expected}")
+    if tensor.device.type != "cpu":
+        raise KernelError(f"{name} is on `{tensor.device}`, expected the CPU")
+
+
+def _expect_weight(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtype: torch.dtype) -> None:
+    _expect(name, tensor, shape, names, (dtype,))
+    if not tensor.is_contiguous():  # a silent copy of an expert stack would cost more than the layer
+        raise KernelError(f"{name} is not contiguous (strides `{list(tensor.stride())}`)", hint="store it contiguous, once")
+
+
+def skip_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    group: Tensor,
+    tau: Tensor,
+    score_scale: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    transposed: bool = False,
+    interleaved: bool = False,
+    *,
+    score: Tensor | None = None,
+    kept: Tensor | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The MoE layer of the kept (token, expert) pairs, on the CPU. Sizes: T tokens, H hidden, I intermediate, E experts.
+
+    x: [T, H] float32, float16 or bfloat16 (A). expert_ids: [T, k] int64 or int32. expert_weights: [T, k] A.
+    group: [T] int32, 0 <= group < G. tau: [G] float32. score_scale: [G] or [G, E] float32.
+    gate_up: [E, 2I, H] and down: [E, H, I], or with `transposed` [E, H, 2I] and [E, I, H]; float32, float16 or bfloat16,
+    not necessarily A. gate_up_bias: [E, 2I] and down_bias: [E, H] of the weights' dtype. `interleaved`: gate and up in
+    turn instead of gate first. activation: `silu`, `gelu_tanh`, or `swiglu_oai` with alpha and limit (gpt-oss).
+    score: [T, k] float32, compared with tau instead of score_scale * pi. kept: [G] int64, receives the kept pairs of each
+    group. threads: torch.get_num_threads() unless given; the result has the same bits for any number.
+
+    Returns [T, H] A. Raises KernelError on shapes, dtypes, an expert id or a group that is out of range.
+    """
+    if x.dim() != 2 or expert_ids.dim() != 2 or tau.dim() != 1 or down.dim() != 3:
+        raise KernelError(
+            f"x, expert_ids, tau, down have shapes `{list(x.shape)}`, `{list(expert_ids.shape)}`, `{list(tau.shape)}`, "
+            f"`{list(down.shape)}`, expected [T, H], [T, k], [G] and three dimensions"
+        )
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"activation is `{activation}`, expected one of {', '.join(ACTIVATIONS)}")
+    T, H = x.shape
+    k, G, E = expert_ids.shape[1], tau.shape[0], down.shape[0]
+    I = down.shape[1] if transposed else down.shape[2]  # noqa: E741
+    _expect("x", x, (T, H), "[T, H]", tuple(_DTYPES))
+    _expect("expert_ids", expert_ids, (T, k), "[T, k]", tuple(_ID_DTYPES))
+    _expect("expert_weights", expert_weights, (T, k), "[T, k]", (x.dtype,))
+    _expect("group", group, (T,), "[T]", (torch.int32,))
+    _expect("tau", tau, (G,), "[G]", (torch.float32,))
+    per_expert = score_scale.dim() == 2
+    _expect("score_scale", score_scale, (G, E) if per_expert else (G,), "[G, E]" if per_expert else "[G]", (torch.float32,))
+    _expect("gate_up", gate_up, (E, H, 2 * I) if transposed else (E, 2 * I, H), "[E, 2I, H]", tuple(_DTYPES))
+    _expect_weight("gate_up", gate_up, tuple(gate_up.shape), "", gate_up.dtype)
+    _expect_weight("down", down, (E, I, H) if transposed else (E, H, I), "[E, H, I]", gate_up.dtype)
+    if gate_up_bias is not None:
+        _expect_weight("gate_up_bias", gate_up_bias, (E, 2 * I), "[E, 2I]", gate_up.dtype)
+    if down_bias is not None:
+        _expect_weight("down_bias", down_bias, (E, H), "[E, H]", gate_up.dtype)
+    if score is not None:
+        _expect("score", score, (T, k), "[T, k]", (torch.float32,))
+    if kept is not None:
+        _expect_weight("kept", kept, (G,), "[G]", torch.int64)
+
+    # Bound to names, so that copies live until the call returns.
+    x, expert_ids, expert_weights = x.contiguous(), expert_ids.contiguous(), expert_weights.contiguous()
+    group, tau, score_scale = group.contiguous(), tau.contiguous(), score_scale.contiguous()
+    score = None if score is None else score.contiguous()
+    out = torch.empty_like(x)
+
+    args = _Args(
+        struct_size=ctypes.sizeof(_Args),
+        tokens=T,
+        hidden=H,
+        intermediate=I,
+        experts=E,
+        top_k=k,
+        groups=G,
+        activation_dtype=_DTYPES[x.dtype],
+        weight_dtype=_DTYPES[gate_up.dtype],
+        id_dtype=_ID_DTYPES[expert_ids.dtype],
+        activation=ACTIVATIONS[activation],
+        alpha=alpha,
+        limit=limit,
+        transposed=transposed,
+        interleaved=interleaved,
+        score_scale_per_expert=per_expert,
+        threads=torch.get_num_threads() if threads is None else threads,
+        x=x.data_ptr(),
+        expert_ids=expert_ids.data_ptr(),
+        expert_weights=expert_weights.data_ptr(),
+        group=group.data_ptr(),
+        tau=tau.data_ptr(),
+        score_scale=score_scale.data_ptr(),
+        score=None if score is None else score.data_ptr(),
+        gate_up=gate_up.data_ptr(),
+        down=down.data_ptr(),
+        gate_up_bias=None if gate_up_bias is None else gate_up_bias.data_ptr(),
+        down_bias=None if down_bias is None else down_bias.data_ptr(),
+        out=out.data_ptr(),
+        kept=None if kept is None else kept.data_ptr(),
+    )
+    message = _Message()
+    if load().modes_cpu_skip_experts(ctypes.byref(args), None, None, 0, ctypes.byref(message)):
+        raise KernelError(message.text.decode(errors="replace"))
+    return out
+
+
+def _fake(x: Tensor, *_others: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# A fragment, because other modules may define operators of the same namespace. Kept: it unregisters when collected.
+_OPERATORS = torch.library.Library("modes", "FRAGMENT")
+_OPERATORS.define(
+    "skip_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor group, Tensor tau, Tensor score_scale, "
+    "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, float limit, "
+    "bool transposed, bool interleaved) -> Tensor"
+)
+_OPERATORS.impl("skip_experts", skip_experts, "CPU")
+torch.library.register_fake("modes::skip_experts", _fake, lib=_OPERATORS)
