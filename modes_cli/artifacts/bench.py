@@ -1,0 +1,34 @@
+"""bench.json: measured times, with the machine that gave them and its own measured limits."""
+
+from typing import ClassVar, Literal
+
+from modes_cli.artifacts.base import Artifact, NonNegative, Positive, Ratio, Strict
+
+
+class Machine(Strict):
+    """Peak rates are measured in the same run, not read from a data sheet."""
+
+    cpu: str
+    threads: Positive
+    device: str
+    peak_flops: NonNegative
+    read_bandwidth: NonNegative  # bytes per second
+
+
+class Case(Strict):
+    phase: Literal["prefill", "decode"]
+    tokens: Positive
+    batch: Positive
+    runtime: str
+    skip_ratio: Ratio
+    seconds: NonNegative
+    speedup: NonNegative
+    limit_fraction: NonNegative
+
+
+class Bench(Artifact):
+    FILE: ClassVar[str] = "bench.json"
+    COMMAND: ClassVar[str] = "bench"
+
+    cases: list[Case]
+    machine: Machine

@@ -1,0 +1,54 @@
+"""calibration.json: layer importance (MoDES eq. 2), with routing scores and reference distributions in calibration.safetensors."""
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+
+from modes_cli.artifacts.base import Artifact, Count, NonNegative, Positive, Strict, TensorFile
+
+SUM_TOLERANCE = 1e-6
+
+
+class LayerImportance(Strict):
+    """Shares of the summed damage: over the layers, each of the three columns sums to 1.
+
+    `all`: every token loses the layer's routed experts; `text`, `vision`: only that modality's tokens do. `kl_*` is the
+    damage itself, mean KL(p_full || p_without) over answer tokens, in nats.
+    """
+
+    all: NonNegative
+    text: NonNegative
+    vision: NonNegative
+    kl_all: NonNegative
+    kl_text: NonNegative
+    kl_vision: NonNegative
+
+
+class Calibration(Artifact):
+    FILE: ClassVar[str] = "calibration.json"
+    COMMAND: ClassVar[str] = "calibrate"
+
+    family: str
+    moe_layers: Positive
+    experts: Positive
+    top_k: Positive
+    groups: list[str] = Field(min_length=1)
+    importance: dict[str, LayerImportance]
+    tokens: dict[str, Count]  # per group, padding left out
+    answer_tokens: Positive
+    samples: Positive
+    forward_equivalents: NonNegative
+    naive_forwards: NonNegative
+    tensors: TensorFile
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> "Calibration":
+        if len(self.importance) != self.moe_layers:
+            raise ValueError(f"importance has {len(self.importance)} layers, moe_layers is {self.moe_layers}")
+        for column in ("all", "text", "vision"):
+            total = sum(getattr(layer, column) for layer in self.importance.values())
+            if total != 0 and abs(total - 1.0) > SUM_TOLERANCE:
+                raise ValueError(f"importance `{column}` sums to {total!r}, not 1")
+        if sum(layer.all for layer in self.importance.values()) == 0:
+            raise ValueError("importance is 0 in every layer")
+        return self

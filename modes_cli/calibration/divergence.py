@@ -1,0 +1,22 @@
+"""KL divergence between output distributions, at answer tokens."""
+
+import torch
+from torch import Tensor
+
+
+def log_distribution(logits: Tensor) -> Tensor:
+    """(answer tokens, V) log-probabilities, float32, on the CPU."""
+    return logits.double().log_softmax(-1).float().cpu()
+
+
+def kl_sum(full: Tensor, logits: Tensor) -> float:
+    """Sum over answer tokens of KL(p_full || p), in nats, summed in float64.
+
+    Args:
+        full: (answer tokens, V) log-probabilities of the unmodified model, as `log_distribution` gives them.
+        logits: (answer tokens, V) of the model under test.
+    """
+    full = full.to(logits.device).double()
+    other = logits.double().log_softmax(-1)
+    # A distribution compared with itself, rounded to float32 in between, can come out a hair below zero.
+    return max(0.0, float((full.exp() * (full - other)).sum()))

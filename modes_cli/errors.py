@@ -1,0 +1,88 @@
+"""Every error a user can meet: class, exit code, message, hint. The core raises these; commands never catch them.
+
+`kind` is what `--json` reports; it is the class name in snake case. Messages carry the offending value in backticks.
+"""
+
+import re
+
+
+class ModesError(Exception):
+    """Base class. `exit_code` is what the process returns, `hint` what the user can do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    @property
+    def kind(self) -> str:
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+
+class BadModel(ModesError):
+    """The checkpoint cannot be found, read or used: no MoE layers, text only, not a model."""
+
+
+class UnknownLayout(ModesError):
+    """The experts of a model have a class or shapes that are not understood. We never guess."""
+
+
+class BadData(ModesError):
+    """Samples are missing, unreadable or of the wrong form."""
+
+
+class BadOption(ModesError):
+    """An option's value makes no sense here; the usage is right, the value is not."""
+
+
+class UnreachableTarget(ModesError):
+    """No thresholds skip as much as asked."""
+
+    def __init__(self, target: float, largest: float, policy: str) -> None:
+        super().__init__(
+            f"no thresholds skip `{target:.4g}` of the experts; the most that policy `{policy}` reaches is `{largest:.4f}`",
+            hint=f"ask for `--target {int(largest * 100) / 100:.2f}` or less; special tokens are never skipped but counted",
+        )
+        self.largest = largest
+
+
+class MissingArtifact(ModesError):
+    """A step before this one has not been run in this run folder."""
+
+    def __init__(self, path: str, renew: str) -> None:
+        super().__init__(f"`{path}` does not exist", hint=f"make it first: `{renew}`")
+
+
+class StaleArtifact(ModesError):
+    """An artifact was made from something else than what is being used now."""
+
+    def __init__(self, path: str, field: str, found: object, expected: object, renew: str) -> None:
+        super().__init__(f"`{path}` was made with {field} `{found}`, this run uses `{expected}`", hint=f"renew it: `{renew}`")
+
+
+class BadArtifact(ModesError):
+    """A file is truncated, altered or hostile. Nothing of it was loaded."""
+
+    def __init__(self, path: str, where: str, problem: str, *, hint: str | None = None) -> None:
+        super().__init__(f"`{path}`: {where}: {problem}", hint=hint or "make it again, or fetch an unaltered copy")
+
+
+class WriteFailed(ModesError):
+    """The disk is full or the folder cannot be written. What was finished before is still valid."""
+
+
+class RunLocked(ModesError):
+    """Another process is writing in the run folder."""
+
+
+class GateFailed(ModesError):
+    """A quality gate did not hold; pipelines stop here."""
+
+    exit_code = 3
+
+
+class KernelError(ModesError):
+    """The operator library is missing, or refused its arguments."""
+
+    exit_code = 2

@@ -1,0 +1,96 @@
+"""Where a checkpoint's files are and what identifies them, before anything is loaded."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from modes_cli.errors import BadArtifact, BadModel
+from modes_cli.requests import ModelSpec
+
+REFERENCE = "digits"
+REFERENCE_FOLDER = Path(__file__).parent.parent / "reference"
+HEADER_LIMIT = 100 << 20  # bytes; what the safetensors library itself accepts
+# Never the pickled weights (*.bin, *.pt) that some repositories hold beside the safe ones.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+
+def checkpoint_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
+    """The local folder of a checkpoint, downloading it if `spec.id` is a hub id.
+
+    Raises:
+        BadModel: no such folder or id, no configuration, no safetensors weights.
+    """
+    if spec.id == REFERENCE:
+        folder = REFERENCE_FOLDER
+    elif Path(spec.id).is_dir():
+        folder = Path(spec.id)
+    elif spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1 or not spec.id:
+        raise BadModel(f"`{spec.id}` is no folder", hint="give a Hugging Face id, a checkpoint folder, or `digits`")
+    else:
+        folder = _download(spec, weights)
+    if not (folder / "config.json").is_file():
+        raise BadModel(f"`{folder}` has no config.json", hint="give the folder that `save_pretrained` wrote")
+    if weights and not list(folder.glob("*.safetensors")):
+        raise BadModel(f"`{folder}` has no .safetensors weights", hint="pickled weights are not loaded; convert them with `save_pretrained`")
+    return folder
+
+
+def _download(spec: ModelSpec, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = HUB_PATTERNS if weights else [p for p in HUB_PATTERNS if p != "*.safetensors"]
+    if spec.trust_remote_code:
+        patterns = [*patterns, "*.py"]
+    try:
+        return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadModel(
+            f"`{spec.id}` is neither a folder nor a model that can be fetched: {reason}",
+            hint="check the id, `--revision`, the network and `HF_TOKEN`; or give a folder",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is.
+
+    Raises:
+        BadArtifact: not JSON, or not an object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadArtifact(str(path), "content", f"not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BadArtifact(str(path), "content", "not an object")
+    return config
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 over config.json and over the name, size and header of every weight file.
+
+    Headers name every tensor with shape and place, so a changed checkpoint of another shape or order is noticed without
+    reading 60 GB; a change of the values alone is not.
+    """
+    digest = hashlib.sha256()
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(_header(path))
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise BadArtifact(str(path), "offset 0", "too short for a safetensors file")
+        (length,) = struct.unpack("<Q", start)
+        if length > HEADER_LIMIT or 8 + length > size:
+            raise BadArtifact(str(path), "offset 0", f"header of {length} bytes in a file of {size}")
+        return file.read(length)

@@ -1,0 +1,114 @@
+"""From samples to model inputs: prompts for generating, prompts with their answers for measuring."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modes_cli.data.sample import Sample
+from modes_cli.errors import BadData
+from modes_cli.models.loading import Loaded
+
+# Inputs with one entry per token; all others (pixels, grids) are concatenated over the batch.
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a model's forward.
+
+    Attributes:
+        inputs: keyword arguments; `input_ids` and `attention_mask` are [B, S].
+        answer: [B, S] bool, True at positions whose *next* token is a token of the answer (its end marker included). KL is
+            read there. All False for generation prompts.
+    """
+
+    inputs: dict[str, Tensor]
+    answer: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.answer.to(device))
+
+
+def measuring_batch(loaded: Loaded, samples: Sequence[Sample]) -> Batch:
+    """Prompts followed by their reference answers, padded on the right (a causal model's real positions do not see it)."""
+    rows, answers = [], []
+    for sample in samples:
+        row = _prompt(loaded, sample)
+        answer = _answer_ids(loaded, sample)
+        prompt_length = row["input_ids"].shape[1]
+        rows.append(_append(row, answer))
+        mask = torch.zeros(1, prompt_length + len(answer), dtype=torch.bool)
+        mask[0, prompt_length - 1 : -1] = True
+        answers.append(mask)
+    inputs = _collate(rows, loaded, left=False)
+    length = inputs["input_ids"].shape[1]
+    padded = [torch.nn.functional.pad(mask, (0, length - mask.shape[1])) for mask in answers]
+    return Batch(inputs, torch.cat(padded)).to(loaded.device)
+
+
+def prompt_batch(loaded: Loaded, samples: Sequence[Sample]) -> Batch:
+    """Prompts padded on the left, ready for `generate`."""
+    inputs = _collate([_prompt(loaded, sample) for sample in samples], loaded, left=True)
+    return Batch(inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool)).to(loaded.device)
+
+
+def messages(sample: Sample) -> list[dict[str, Any]]:
+    """The chat that asks a sample's question, images first."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in sample.images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": sample.question}]}]
+
+
+def _prompt(loaded: Loaded, sample: Sample) -> dict[str, Tensor]:
+    chat: Any = messages(sample)
+    if not sample.images and loaded.processor is loaded.tokenizer:
+        chat = [{"role": "user", "content": sample.question}]
+    try:
+        encoded = loaded.processor.apply_chat_template(
+            chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except (ValueError, TypeError, IndexError) as error:
+        raise BadData(f"sample `{sample.id}` cannot be turned into a prompt: {str(error).splitlines()[0]}") from error
+    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+
+
+def _answer_ids(loaded: Loaded, sample: Sample) -> list[int]:
+    ids = list(loaded.tokenizer(sample.answer, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise BadData(f"sample `{sample.id}`: the answer `{sample.answer}` has no tokens")
+    return [*ids, end_ids(loaded)[0]]
+
+
+def end_ids(loaded: Loaded) -> list[int]:
+    """The tokens that end an answer; the first is the usual one."""
+    end = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    end = loaded.tokenizer.eos_token_id if end is None else end
+    return [end] if isinstance(end, int) else list(end)
+
+
+def _append(row: dict[str, Tensor], ids: list[int]) -> dict[str, Tensor]:
+    extra = torch.tensor([ids])
+    fill = {"input_ids": extra, "attention_mask": torch.ones_like(extra)}
+    return {
+        name: torch.cat([value, fill.get(name, torch.zeros_like(extra)).to(value.dtype)], 1) if name in _PER_TOKEN else value
+        for name, value in row.items()
+    }
+
+
+def _collate(rows: list[dict[str, Tensor]], loaded: Loaded, *, left: bool) -> dict[str, Tensor]:
+    length = max(row["input_ids"].shape[1] for row in rows)
+    pad = loaded.tokenizer.pad_token_id
+    fill = {"input_ids": pad if pad is not None else end_ids(loaded)[0]}
+    batch: dict[str, Tensor] = {}
+    for name in rows[0]:
+        parts = [row[name] for row in rows if name in row]
+        if name in _PER_TOKEN:
+            room = [length - part.shape[1] for part in parts]
+            parts = [
+                torch.nn.functional.pad(part, (n, 0) if left else (0, n), value=fill.get(name, 0))
+                for part, n in zip(parts, room, strict=True)
+            ]
+        batch[name] = torch.cat(parts)
+    return batch

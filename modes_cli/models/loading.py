@@ -1,0 +1,128 @@
+"""From a model id to a model that is ready to be measured: checkpoint, processor, MoE blocks, token groups."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from modes_cli import __version__
+from modes_cli.artifacts.base import ModelInfo, Versions
+from modes_cli.errors import BadModel, BadOption
+from modes_cli.models.blocks import MoEBlock, find_moe_blocks
+from modes_cli.models.checkpoint import checkpoint_digest, checkpoint_folder, read_config
+from modes_cli.models.groups import TokenGroups, token_groups
+from modes_cli.models.processor import load_processor
+from modes_cli.requests import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Marks of a multimodal configuration; a text-only one has none of them.
+_MULTIMODAL_FIELDS = ("vision_config", "audio_config", "thinker_config", "image_token_id", "image_token_index", "media_placeholder_token_id")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory. `model` is in eval mode on `device`; `processor` is a bare tokenizer with `--text-only`."""
+
+    model: PreTrainedModel
+    processor: Any
+    info: ModelInfo
+    family: str
+    blocks: list[MoEBlock]
+    tokens: TokenGroups
+    path: Path
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+def versions() -> Versions:
+    """The versions that belong to an artifact's identity."""
+    return Versions(modes=__version__, torch=torch.__version__.split("+")[0], transformers=transformers.__version__)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a GPU where there is one.
+
+    Raises:
+        BadOption: `cuda` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadOption("`--device cuda`: no usable GPU was found", hint="`modes doctor` says why")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe(spec: ModelSpec) -> tuple[Path, ModelInfo, Any]:
+    """Folder, identity and configuration of a checkpoint, read without its weights.
+
+    Raises:
+        BadModel: not found, not understood by transformers, or text-only without `--text-only`.
+    """
+    folder = checkpoint_folder(spec)
+    raw = read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        kind = raw.get("model_type", "(none)")
+        raise BadModel(
+            f"`{spec.id}`: transformers {transformers.__version__} cannot read model type `{kind}`: {str(error).splitlines()[0]}",
+            hint="`--trust-remote-code` runs the code that comes with a checkpoint, if you trust it",
+        ) from error
+    if not spec.text_only and not any(getattr(config, field, None) is not None for field in _MULTIMODAL_FIELDS):
+        raise BadModel(
+            f"`{spec.id}` is a text-only model (model type `{config.model_type}`)",
+            hint="`--text-only` calibrates it with one modality and one threshold",
+        )
+    dtype = spec.dtype
+    if dtype == "auto":
+        stored = getattr(config, "dtype", None) or getattr(getattr(config, "text_config", None), "dtype", None)
+        dtype = str(stored or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise BadModel(f"`{spec.id}` is stored as `{dtype}`; float32, bfloat16 and float16 are supported")
+    info = ModelInfo(id=spec.id, revision=spec.revision, digest=checkpoint_digest(folder), dtype=dtype)
+    return folder, info, config
+
+
+def load(spec: ModelSpec) -> Loaded:
+    """Load a checkpoint with its weights.
+
+    Raises:
+        BadModel: it cannot be found or used.
+        UnknownLayout: its experts are of a form that is not understood.
+    """
+    device = pick_device(spec.device)
+    folder, info, config = describe(spec)
+    architecture = AutoModelForCausalLM if spec.text_only else AutoModelForImageTextToText
+    try:
+        model = architecture.from_pretrained(
+            folder, config=config, dtype=DTYPES[info.dtype], trust_remote_code=spec.trust_remote_code, use_safetensors=True
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise BadModel(f"`{spec.id}` cannot be loaded: {str(error).strip().splitlines()[0]}", hint="is the checkpoint complete?") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":  # the class is not public
+            raise BadModel(f"`{spec.id}` has a damaged weight file: {error}", hint="fetch it again") from error
+        raise
+    model = model.to(device).eval()
+    model.requires_grad_(False)
+    blocks = find_moe_blocks(model)
+    processor = _processor(spec, folder)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return Loaded(model, processor, info, config.model_type, blocks, token_groups(config, tokenizer.all_special_ids), folder, device)
+
+
+def _processor(spec: ModelSpec, folder: Path) -> Any:
+    if not spec.text_only:
+        return load_processor(folder, trust_remote_code=spec.trust_remote_code)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadModel(f"`{folder}` has no usable tokenizer: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,144 @@
+"""What each step is asked to do, and what it answers. Free of torch, so that commands can build requests at once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from modes_cli.artifacts import Bundle
+from modes_cli.data.sample import DataSpec
+from modes_cli.progress import Progress, Silent
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which checkpoint and how to load it. `id` is a Hugging Face id, a folder, or `digits`."""
+
+    id: str
+    revision: str | None = None
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    device: str = "auto"  # auto | cpu | cuda
+    trust_remote_code: bool = False
+    text_only: bool = False
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    model: ModelSpec
+    data: DataSpec
+    run: Path | None = None
+    batch_size: int = 16
+    fresh: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class CalibrateRequest(ProfileRequest):
+    pass
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """`passes`: most passes over the calibration set per target. `grid`: thresholds per axis of the grid strategies."""
+
+    targets: tuple[float, ...]
+    run: Path | None = None
+    policy: str = "auto"
+    strategy: str = "frontier"  # frontier | two-pointer | exhaustive
+    passes: int = 12
+    grid: int = 100
+    device: str = "auto"
+    trust_remote_code: bool = False
+    fresh: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """`target` None: the only search result, or the largest target. `output` None: RUN/bundle."""
+
+    run: Path | None = None
+    output: Path | None = None
+    target: float | None = None
+    format: str = "onnx"  # onnx | safetensors
+    trust_remote_code: bool = False
+    fresh: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """`tau`: per group, instead of the bundle's own."""
+
+    bundle: Path
+    images: tuple[Path, ...]
+    prompt: str
+    runtime: str = "ort"  # ort | torch
+    tau: dict[str, float] | None = None
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Of the run's model (runtime `torch`) or of `bundle` (runtime `ort`). `target` None: as in ExportRequest."""
+
+    data: DataSpec
+    run: Path | None = None
+    bundle: Path | None = None
+    target: float | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 32
+    device: str = "auto"
+    trust_remote_code: bool = False
+    fresh: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """Prefill at each of `tokens`, decode at each of `batches`; the run's bundle in ONNX Runtime against transformers."""
+
+    data: DataSpec
+    run: Path | None = None
+    bundle: Path | None = None
+    target: float | None = None
+    batches: tuple[int, ...] = (1, 8)
+    repeats: int = 15
+    fresh: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """An artifact and where it lies; `reused` says that it was there already, made from exactly the same."""
+
+    artifact: T
+    path: Path
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    bundle: Bundle
+    path: Path
+    peak_rss: int  # bytes, of the whole process
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that `modes verify` looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Generated:
+    text: str
+    tokens: int
+    skip_ratio: dict[str, float]  # all, text, vision
+    prefill_seconds: float
+    decode_seconds: float
+

@@ -1,0 +1,125 @@
+"""Where artifacts live. Reads validate before anything is used; writes are all or nothing."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from modes_cli import files
+from modes_cli.artifacts.base import Artifact, Strict, TensorFile, first_difference
+from modes_cli.errors import BadArtifact, MissingArtifact, StaleArtifact
+
+JSON_LIMIT = 64 << 20  # bytes; the largest artifact of a 1,000-layer model is far below
+DEFAULT = "modes-run"
+
+A = TypeVar("A", bound=Artifact)
+S = TypeVar("S", bound=Strict)
+
+
+def read_json(path: Path, model: type[S]) -> S:
+    """A validated artifact from a JSON file.
+
+    Raises:
+        BadArtifact: too large, not UTF-8, not JSON, a wrong, missing or unknown field. Names the offset or the field.
+    """
+    text = files.read_text(path, JSON_LIMIT)
+    try:
+        tree = json.loads(text, parse_constant=lambda name: _refuse_constant(name))
+    except json.JSONDecodeError as error:
+        raise BadArtifact(str(path), f"line {error.lineno} column {error.colno}", f"not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise BadArtifact(str(path), "nesting", "too deep") from error
+    except ValueError as error:
+        raise BadArtifact(str(path), "number", str(error)) from error
+    try:
+        return model.model_validate(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise BadArtifact(str(path), f"field `{field}`", str(first["msg"])) from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"`{name}` is not a finite number")
+
+
+class RunFolder:
+    """A folder of artifacts. `path` None means `$MODES_RUN`, or `modes-run`."""
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        self.path = Path(path or os.environ.get("MODES_RUN") or DEFAULT)
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def exists(self, kind: type[Artifact]) -> bool:
+        return self.file(kind.FILE).exists()
+
+    def read(self, kind: type[A], *, renew: str | None = None) -> A:
+        """The validated artifact of one kind.
+
+        Raises:
+            MissingArtifact: the step that makes it has not been run here.
+            BadArtifact: the file does not hold what it must.
+        """
+        path = self.file(kind.FILE)
+        if not path.exists():
+            raise MissingArtifact(str(path), renew or self.renew(kind))
+        return read_json(path, kind)
+
+    def read_if_same(self, kind: type[A], identity: dict[str, Any], *, renew: str) -> A | None:
+        """The artifact if it is there and was made from exactly `identity`; None if it is not there.
+
+        Raises:
+            StaleArtifact: it is there, made from something else. `renew` is the command that replaces it.
+        """
+        if not self.exists(kind):
+            return None
+        artifact = self.read(kind)
+        self.require_same(kind, artifact.identity(), identity, renew=renew)
+        return artifact
+
+    def require_same(self, kind: type[Artifact], found: dict[str, Any], expected: dict[str, Any], *, renew: str) -> None:
+        """Raises StaleArtifact, naming the first field in which two identities differ."""
+        difference = first_difference(found, expected)
+        if difference is not None:
+            raise StaleArtifact(str(self.file(kind.FILE)), *difference, renew)
+
+    @property
+    def option(self) -> str:
+        """How to name this folder on a command line, with a leading space; empty for the default one."""
+        return "" if str(self.path) == DEFAULT else f" --run {self.path}"
+
+    def renew(self, kind: type[Artifact]) -> str:
+        """The command that makes an artifact in this folder."""
+        argument = " MODEL" if kind.COMMAND in ("profile", "calibrate") else ""
+        return f"modes {kind.COMMAND}{argument}{self.option}"
+
+    def write(self, artifact: Artifact) -> Path:
+        """Write an artifact under its file name; the same content gives the same bytes."""
+        path = self.file(artifact.FILE)
+        files.write_bytes(path, files.canonical_json(artifact.model_dump(mode="json")).encode())
+        return path
+
+    def write_tensors(self, name: str, data: bytes) -> TensorFile:
+        """Write a safetensors file that an artifact will name. Write it before the artifact: JSON is the commit."""
+        path = self.file(name)
+        files.write_bytes(path, data)
+        return TensorFile(file=name, sha256=files.sha256(path), bytes=len(data))
+
+    def check_tensors(self, ref: TensorFile) -> Path:
+        """The path of a tensor file after comparing size and digest.
+
+        Raises:
+            BadArtifact: missing, truncated or altered.
+        """
+        path = self.file(ref.file)
+        if not path.exists():
+            raise BadArtifact(str(path), "file", "missing", hint="make it again with the command that wrote the artifact beside it")
+        if path.stat().st_size != ref.bytes:
+            raise BadArtifact(str(path), f"size {path.stat().st_size} bytes", f"should be {ref.bytes}")
+        if files.sha256(path) != ref.sha256:
+            raise BadArtifact(str(path), "SHA-256", "differs from what was written")
+        return path

@@ -1,0 +1,71 @@
+"""Which policy: the one that was named, or with `auto` the candidate that measures best.
+
+Candidates are alpha ** power * pi for a few powers, alpha per layer or per layer and modality; power 1 is the paper's
+rule. Each is tried at a few places of its own frontier on a part of the calibration set; the best goes on to the full
+search. `auto` ends with the paper's rule whenever that measures best.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from modes_cli.artifacts import Calibration
+from modes_cli.models.groups import SKIPPABLE
+from modes_cli.search.objective import Objective, Point
+from modes_cli.search.staircase import Staircase
+from modes_cli.search.strategies import Problem, edge_point
+from modes_cli.skipping.policy import Policy, Rule, policy
+
+AUTO = "auto"
+_TRIED = (
+    ("modes", {}),
+    ("tempered", {"power": 0.5, "per_modality": 0.0}),
+    ("tempered", {"power": 0.25, "per_modality": 0.0}),
+    ("tempered", {"power": 0.25, "per_modality": 1.0}),
+    ("dmt", {}),
+)
+TRIAL_SHARE = 0.25  # of the calibration set
+TRIAL_POSITIONS = (0.3, 0.7)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    policy: Policy
+    rule: Rule
+    staircase: Staircase
+
+
+def candidates(name: str, strategy: str, calibration: Calibration, counts: Tensor) -> list[Candidate]:
+    """The policies to try. The paper's own strategies with `auto` take the paper's own policy."""
+    if name != AUTO:
+        policies = [policy(name)]
+    elif strategy == "frontier":
+        policies = [policy(tried, **parameters) for tried, parameters in _TRIED]
+    else:
+        policies = [policy("modes")]
+    nothing = dict.fromkeys(SKIPPABLE, 0.0)
+    rules = [(p, p.rule(calibration, nothing)) for p in policies]
+    return [Candidate(p, rule, Staircase(counts, rule.score_scale)) for p, rule in rules]
+
+
+def choose(
+    options: list[Candidate],
+    objective: Objective,
+    target: float,
+    strategy: Callable[[Problem, int, int], None],
+    grid: int,
+    passes: int,
+) -> tuple[Candidate, Point | None, list[Point]]:
+    """The winning candidate, its best point, and every point that was measured on the whole set."""
+    spent = objective.passes
+    winner = options[0] if len(options) == 1 else min(options, key=lambda c: _trial(c, objective, target))
+    problem = Problem(winner.rule, winner.staircase, target, winner.policy.one_threshold, objective)
+    strategy(problem, grid, passes - math.ceil(objective.passes - spent))
+    return winner, problem.best(), problem.measured
+
+
+def _trial(candidate: Candidate, objective: Objective, target: float) -> float:
+    problem = Problem(candidate.rule, candidate.staircase, target, candidate.policy.one_threshold, objective)
+    return min(edge_point(problem, position, TRIAL_SHARE).kl for position in TRIAL_POSITIONS)

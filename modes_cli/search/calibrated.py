@@ -1,0 +1,92 @@
+"""A calibrated model, ready to be measured again on its own calibration set."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modes_cli.artifacts import Calibration
+from modes_cli.artifacts.base import flatten
+from modes_cli.calibration.scores import BINS
+from modes_cli.data import batches, open_source
+from modes_cli.data.sample import DataSpec
+from modes_cli.errors import BadArtifact
+from modes_cli.models.groups import GROUPS
+from modes_cli.models.identity import data_info
+from modes_cli.models.inputs import measuring_batch
+from modes_cli.models.loading import describe, load, versions
+from modes_cli.requests import ModelSpec
+from modes_cli.run_folder import RunFolder
+from modes_cli.search.objective import Objective
+from modes_cli.skipping.engine import SkipEngine
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """`counts`: (layers, groups, bins) int64 score histogram of the unskipped pass."""
+
+    objective: Objective
+    counts: Tensor
+
+
+def model_spec(calibration: Calibration, device: str, trust_remote_code: bool) -> ModelSpec:
+    """The checkpoint that a calibration was made of, to be loaded the same way."""
+    model = calibration.model
+    text_only = bool(calibration.options["text_only"])
+    return ModelSpec(model.id, model.revision, model.dtype, device, trust_remote_code, text_only)
+
+
+def require_current(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> None:
+    """Raises StaleArtifact if the checkpoint or the versions are no longer what was calibrated."""
+    _, info, _ = describe(spec)
+    expected = flatten(info, calibration.data, versions(), calibration.options)
+    run.require_same(Calibration, calibration.identity(), expected, renew=f"modes calibrate {spec.id}{run.option} --fresh")
+
+
+@contextmanager
+def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Iterator[Calibrated]:
+    """Load model, samples, score histogram and reference distributions of a calibration.
+
+    Raises:
+        StaleArtifact: model, versions or samples are no longer what was calibrated.
+        BadArtifact: the tensors are missing or do not fit.
+    """
+    require_current(run, calibration, spec)
+    counts, reference = _tensors(run, calibration)
+    data = calibration.data
+    source = open_source(DataSpec(data.source, data.split, data.samples, data.seed, **_columns(calibration)), text_only=spec.text_only)
+    renew = f"modes calibrate {spec.id}{run.option} --fresh"
+    expected = {**calibration.identity(), "data.digest": data_info(source).digest}
+    run.require_same(Calibration, calibration.identity(), expected, renew=renew)
+    loaded = load(spec)
+    size = int(calibration.options["batch_size"] or 1)
+    prepared = [measuring_batch(loaded, samples).to(torch.device("cpu")) for samples in batches(source, size)]
+    engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
+    try:
+        yield Calibrated(Objective(loaded, engine, prepared, reference), counts)
+    finally:
+        engine.remove()
+
+
+def _columns(calibration: Calibration) -> dict[str, str | None]:
+    names = ("image_column", "question_column", "answer_column")
+    return {name: None if calibration.options[name] is None else str(calibration.options[name]) for name in names}
+
+
+def _tensors(run: RunFolder, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    path = run.check_tensors(calibration.tensors)
+    try:
+        tensors = load_file(path)
+        counts, reference = tensors["score_histogram"], tensors["reference_log_probabilities"]
+    except (SafetensorError, KeyError) as error:
+        raise BadArtifact(str(path), "content", str(error)) from error
+    wanted = (calibration.moe_layers, len(GROUPS), BINS)
+    if tuple(counts.shape) != wanted or counts.dtype != torch.int64 or bool((counts < 0).any()):
+        raise BadArtifact(str(path), "tensor `score_histogram`", f"is {tuple(counts.shape)} {counts.dtype}, should be {wanted} int64, none negative")
+    if reference.dim() != 2 or reference.shape[0] != calibration.answer_tokens or bool(torch.isnan(reference).any()):
+        raise BadArtifact(str(path), "tensor `reference_log_probabilities`", f"has shape {tuple(reference.shape)}, or NaN in it")
+    return counts, reference

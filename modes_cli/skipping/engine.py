@@ -1,0 +1,198 @@
+"""Skipping inside a transformers model, without a copy of its modeling code.
+
+The engine registers an implementation named `modes` with transformers' experts interface. When a block's experts are
+called, the pairs that a rule keeps are handed to the implementation that was configured before, each as a "token with one
+expert"; skipped pairs are never computed. If every pair is kept, the call is passed on unchanged, so that tau = 0 gives
+the unmodified model's logits bit for bit.
+
+Classes outside the interface (llama4, step3p7) get the same through their instance's `forward`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from modes_cli.errors import ModesError
+from modes_cli.models.blocks import MoEBlock
+from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.skipping.policy import Rule, routing_probability
+from modes_cli.skipping.statistics import PairCounts
+
+IMPLEMENTATION = "modes"
+Base = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Which routed experts contribute nothing, for measuring importance: a layer's, for all tokens or for one group."""
+
+    layer: int  # among the MoE layers
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's routing in one forward, of real tokens only. `update_angle` is left to whoever asks for hidden states."""
+
+    layer: int
+    pi: Tensor  # (tokens, k) float32
+    experts: Tensor  # (tokens, k)
+    group: Tensor  # (tokens,)
+
+
+class SkipEngine:
+    """Skipping, dropping and watching the routed experts of one model. State is per instance, never per module or process.
+
+    Attributes:
+        rule: what is kept; None keeps all.
+        drop: routed experts that contribute nothing, whatever the rule says.
+        watch: called with each layer's routing.
+        counts: kept and total pairs since `counts.reset()`; only filled while a rule is set.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: list[MoEBlock], tokens: TokenGroups) -> None:
+        self.model, self.blocks, self.tokens = model, blocks, tokens
+        self.rule: Rule | None = None
+        self.drop: Drop | None = None
+        self.watch: Callable[[Routing], None] | None = None
+        self.counts = PairCounts(len(blocks))
+        self._group: Tensor | None = None  # (B * S,) of the running forward
+        self._real: Tensor | None = None  # (B * S,) bool: not padding
+        self._phase = 0
+        self._undo: list[Callable[[], None]] = []
+        self._install()
+
+    # -- installing and removing ------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        hook = self.model.register_forward_pre_hook(self._read_tokens, with_kwargs=True)
+        self._undo.append(hook.remove)
+        for block in self.blocks:
+            experts: Any = block.experts
+            if getattr(experts, "_modes_engine", None) is not None:
+                raise ModesError(f"`{block.name}` is already being skipped by another engine", hint="remove that one first")
+            experts._modes_engine, experts._modes_block = self, block
+            if hasattr(experts, "_is_expert_parallel"):  # the mark that transformers' decorator leaves
+                experts._modes_base = _interface_base(experts)
+            else:
+                original = experts.forward
+                experts._modes_base = original
+                experts.forward = lambda h, i, w, e=experts: _experts_forward(e, h, i, w)
+                self._undo.append(lambda e=experts: e.__dict__.pop("forward", None))
+        self._set_implementation()
+
+    def _set_implementation(self) -> None:
+        # Wrapper classes refuse set_experts_implementation; the inner model that owns the experts takes it.
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
+                if not any(hasattr(m, "_modes_engine") and hasattr(m, "_is_expert_parallel") for m in module.modules()):
+                    continue  # a vision tower with experts of its own
+                before = module.config._experts_implementation
+                module.set_experts_implementation(IMPLEMENTATION)
+                self._undo.append(lambda m=module, b=before: m.set_experts_implementation(b))
+
+    def remove(self) -> None:
+        """Give the model back as it was."""
+        while self._undo:
+            self._undo.pop()()
+        for block in self.blocks:
+            for name in ("_modes_engine", "_modes_block", "_modes_base"):
+                block.experts.__dict__.pop(name, None)
+
+    # -- one forward ------------------------------------------------------------------------------------------------
+
+    def _read_tokens(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            ids = self._ids_of_embeddings(kwargs.get("inputs_embeds"))
+        self._group = self.tokens.of(ids).reshape(-1)
+        mask = kwargs.get("attention_mask")
+        length = ids.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._real = mask[:, -length:].bool().reshape(-1)
+        else:
+            self._real = torch.ones_like(self._group, dtype=torch.bool)
+        self._phase = int(length == 1)
+
+    def _ids_of_embeddings(self, embeddings: Tensor | None) -> Tensor:
+        """Ids for a forward that was given embeddings only: placeholder rows are recognised, every other row is text."""
+        if embeddings is None:
+            raise ModesError("the model was called without input_ids and without inputs_embeds")
+        known = torch.tensor((*self.tokens.vision_ids, *self.tokens.special_ids), device=embeddings.device)
+        table = self.model.get_input_embeddings()(known).to(embeddings)
+        hits = (embeddings[:, :, None] == table).all(-1)
+        return torch.where(hits.any(-1), known[hits.int().argmax(-1)], -1)
+
+    def experts(self, block: MoEBlock, base: Base, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What a block's experts return under the current rule, drop and watcher."""
+        if self.rule is None and self.drop is None and self.watch is None:
+            return base(hidden, index, weights)
+        group, real = self._tokens_of(hidden)
+        if self.watch is not None:
+            self.watch(Routing(block.index, routing_probability(weights)[real], index[real], group[real]))
+        keep = None
+        if self.rule is not None:
+            keep = self.rule.keep(routing_probability(weights), block.index, group)
+            self.counts.add(self._phase, block.index, group[real], keep[real].sum(-1), index.shape[1])
+        if self.drop is not None and self.drop.layer == block.index:
+            lost = torch.ones_like(group, dtype=torch.bool) if self.drop.group is None else group == self.drop.group
+            kept_tokens = ~lost[:, None].expand_as(weights)
+            keep = kept_tokens if keep is None else keep & kept_tokens
+        if keep is None or bool(keep.all()):
+            return base(hidden, index, weights)
+        return _survivors(base, hidden, index, weights, keep)
+
+    def _tokens_of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self._group is None or self._real is None or self._group.numel() != hidden.shape[0]:
+            seen = None if self._group is None else self._group.numel()
+            raise ModesError(f"the experts see {hidden.shape[0]} tokens, the model was given {seen}", hint="this family needs an adapter of its own")
+        return self._group.to(hidden.device), self._real.to(hidden.device)
+
+    # -- for a while --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, *, rule: Rule | None = None, drop: Drop | None = None, watch: Callable[[Routing], None] | None = None) -> Iterator[PairCounts]:
+        """Rule, drop and watcher for the length of a block, with fresh counts."""
+        before = self.rule, self.drop, self.watch
+        self.rule, self.drop, self.watch = rule, drop, watch
+        self.counts.reset()
+        try:
+            yield self.counts
+        finally:
+            self.rule, self.drop, self.watch = before
+
+
+def _survivors(base: Base, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+    """Only the kept pairs: each goes through `base` with weight 1, is weighted outside, and summed in float32."""
+    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    token, slot = keep.nonzero(as_tuple=True)
+    if token.numel():
+        w = weights[token, slot][:, None]
+        rows = base(hidden[token], index[token, slot][:, None], torch.ones_like(w))
+        out.index_add_(0, token, (rows * w).float())
+    return out.to(hidden.dtype)
+
+
+def _interface_base(experts: Any) -> Base:
+    """The implementation that was configured before ours, bound to this module."""
+    name = experts.config._experts_implementation
+    function = type(experts).forward.__wrapped__ if name in (None, "eager") else ALL_EXPERTS_FUNCTIONS[name]
+    return lambda hidden, index, weights: function(experts, hidden, index, weights)
+
+
+def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    engine: SkipEngine | None = getattr(self, "_modes_engine", None)
+    if engine is None:
+        raise ModesError(f"`{type(self).__name__}` is set to the `modes` experts implementation, but no engine is installed")
+    return engine.experts(self._modes_block, self._modes_base, hidden_states, top_k_index, top_k_weights)
+
+
+ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
+
+__all__ = ["IMPLEMENTATION", "SPECIAL", "TEXT", "VISION", "Drop", "Routing", "SkipEngine"]

@@ -1,0 +1,24 @@
+"""Tempered MoDES: s = alpha[layer] ** power * pi, one threshold per modality.
+
+alpha prices the loss of a whole layer, so alpha * pi keeps even the weakest experts of an important layer and empties the
+others. A power below 1 lessens that; 0 is `dmt`, 1 is `modes`. With `per_modality` 1, alpha is measured per layer and
+modality, as the authors' release does: s = alpha[layer, modality] ** power * pi.
+"""
+
+import torch
+from torch import Tensor
+
+from modes_cli.errors import BadOption
+from modes_cli.skipping.policy import Policy, register
+
+
+@register("tempered")
+class Tempered(Policy):
+    def __init__(self, power: float = 0.25, per_modality: float = 0.0) -> None:
+        if not 0 <= power <= 1 or per_modality not in (0, 1):
+            raise BadOption(f"policy `tempered` with power `{power}` and per_modality `{per_modality}`", hint="power is 0 to 1, per_modality 0 or 1")
+        super().__init__(power=float(power), per_modality=float(per_modality))
+
+    def scale(self, importance: Tensor) -> Tensor:
+        alpha = importance[:, 1:] if self.parameters["per_modality"] else importance[:, :1].expand(-1, 2)
+        return torch.where(alpha > 0, alpha.clamp_min(1e-300) ** self.parameters["power"], torch.zeros_like(alpha))
