@@ -1,0 +1,56 @@
+# make setup   everything in .venv: a CPU build of torch where there is no NVIDIA GPU, then the package and its kernels
+# make demo    every step on the built-in model
+# make test    pytest
+# make lint    ruff, mypy, schemas in sync
+# make schemas schemas/ from modes_cli/artifacts
+# make clean   build outputs and caches; .venv and run folders stay
+#
+# Needs Python 3.11 or newer, g++ and make. What can be set: PYTHON, VENV, TORCH (what to install), TORCH_INDEX (where
+# CPU builds of torch are; empty: only pip's own indexes), PIP_EXTRA (more options for pip).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_EXTRA ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA)
+SOURCES := pyproject.toml $(shell find kernels -type f 2>/dev/null)
+
+.PHONY: setup demo test lint schemas clean
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("modes needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and on its own: pip would otherwise take the CUDA build, 3 GB that nothing here could use.
+$(STAMP): $(SOURCES) | $(BIN)/python
+	@if ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	  if command -v nvidia-smi >/dev/null 2>&1; then echo "installing $(TORCH)"; $(PIP) "$(TORCH)"; \
+	  else echo "no NVIDIA GPU: installing a CPU build of $(TORCH)"; \
+	    $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"; fi; fi
+	@echo "installing modes and building its kernels"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/modes demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m tools.schemas --check
+
+schemas: $(STAMP)
+	$(BIN)/python -m tools.schemas
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

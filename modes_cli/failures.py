@@ -1,0 +1,83 @@
+"""From an exception to what a user sees: exit code, one or two lines, a hint. Every command ends here when it fails."""
+
+import errno
+import json
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from modes_cli.errors import ModesError
+
+USAGE = 2
+INTERRUPTED = 130
+LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
+
+_CONTINUES = "what was finished is valid: the same command continues"
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate memory")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is shown of an exception. `kind` is for scripts, `hint` says what to do next."""
+
+    kind: str
+    message: str
+    hint: str | None
+    exit_code: int
+
+    def as_object(self) -> dict[str, Any]:
+        return {"error": {"kind": self.kind, "message": self.message, "hint": self.hint}}
+
+
+def describe(error: BaseException) -> Failure:
+    """What to show of an exception, whoever raised it."""
+    if isinstance(error, ModesError):
+        return Failure(error.kind, str(error), error.hint, error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure("interrupted", "interrupted", _CONTINUES, INTERRUPTED)
+    if _is_memory(error):
+        hint = f"use a smaller `--batch-size`, fewer `--samples` or `--dtype bfloat16`; {_CONTINUES}"
+        return Failure("out_of_memory", f"out of memory: {_first_line(error)}", hint, 1)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing `{error.filename}`" if error.filename else ""
+        return Failure("disk_full", f"no space left on the disk{where}", f"free some space; {_CONTINUES}", 1)
+    message = f"unexpected {type(error).__name__}: {_first_line(error)}"
+    return Failure("unexpected", message, "run it again with `--debug` for the traceback, and report it", 2)
+
+
+def usage(message: str, command: str) -> Failure:
+    """A command line that does not parse."""
+    return Failure("usage", message, f"`{command} --help` lists what there is", USAGE)
+
+
+def report(
+    failure: Failure, *, out: TextIO | None, error: BaseException | None = None, result: dict[str, Any] | None = None
+) -> None:
+    """Write a failure to stderr, and as part of the one JSON object to `out` (None: not asked for).
+
+    Args:
+        error: print its traceback first; only with `--debug`.
+        result: what the command had found before it failed; a gate fails after its result is known.
+    """
+    if error is not None:
+        traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.write(f"error: {failure.message}\n")
+    if failure.hint:
+        sys.stderr.write(f"hint: {failure.hint}\n")
+    sys.stderr.flush()
+    if out is not None:
+        out.write(json.dumps({**(result or {}), **failure.as_object()}) + "\n")
+        out.flush()
+
+
+def _is_memory(error: BaseException) -> bool:
+    # torch raises RuntimeError on the CPU and its own OutOfMemoryError on CUDA; neither is a MemoryError
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
