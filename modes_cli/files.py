@@ -88,7 +88,11 @@ def sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def failing_clearly(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into WriteFailed."""
-    hints = {errno.ENOSPC: "free some space", errno.EACCES: "choose a folder you may write to", errno.EROFS: "choose a folder you may write to"}
+    hints = {
+        errno.ENOSPC: "free some space",
+        errno.EACCES: "choose a folder you may write to",
+        errno.EROFS: "choose a folder you may write to",
+    }
     try:
         yield
     except OSError as error:

@@ -141,4 +141,3 @@ class Generated:
     skip_ratio: dict[str, float]  # all, text, vision
     prefill_seconds: float
     decode_seconds: float
-

@@ -117,7 +117,9 @@ class RunFolder:
         """
         path = self.file(ref.file)
         if not path.exists():
-            raise BadArtifact(str(path), "file", "missing", hint="make it again with the command that wrote the artifact beside it")
+            raise BadArtifact(
+                str(path), "file", "missing", hint="make it again with the command that wrote the artifact beside it"
+            )
         if path.stat().st_size != ref.bytes:
             raise BadArtifact(str(path), f"size {path.stat().st_size} bytes", f"should be {ref.bytes}")
         if files.sha256(path) != ref.sha256:

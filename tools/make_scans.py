@@ -1,6 +1,6 @@
 """Writes modes_cli/data/scans.safetensors from scikit-learn's bundled digits: scans, labels, split of each scan.
 
-    python tools/make_scans.py
+python tools/make_scans.py
 """
 
 from pathlib import Path

@@ -10,4 +10,11 @@ from modes_cli.artifacts.thresholds import Thresholds
 
 __all__ = ["SCHEMAS", "Artifact", "Bench", "Bundle", "Calibration", "Evaluation", "Profile", "Thresholds"]
 
-SCHEMAS = {"profile": Profile, "calibration": Calibration, "thresholds": Thresholds, "evaluation": Evaluation, "bench": Bench, "bundle": Bundle}
+SCHEMAS = {
+    "profile": Profile,
+    "calibration": Calibration,
+    "thresholds": Thresholds,
+    "evaluation": Evaluation,
+    "bench": Bench,
+    "bundle": Bundle,
+}

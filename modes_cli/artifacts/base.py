@@ -10,6 +10,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -25,7 +26,7 @@ class ModelInfo(Strict):
     id: str
     revision: str | None
     digest: Sha256
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
 
 
 class DataInfo(Strict):

@@ -1,4 +1,4 @@
-"""calibration.json: layer importance (MoDES eq. 2), with routing scores and reference distributions in calibration.safetensors."""
+"""calibration.json: layer importance (MoDES eq. 2). Routing scores and reference distributions: calibration.safetensors."""
 
 from typing import ClassVar
 

@@ -120,4 +120,3 @@ class _Measurement:
 
     def tensors(self) -> bytes:
         return save({"score_histogram": self.histogram.counts, "reference_log_probabilities": torch.cat(self.reference)})
-

@@ -1,6 +1,5 @@
 """KL divergence between output distributions, at answer tokens."""
 
-import torch
 from torch import Tensor
 
 
@@ -17,6 +16,6 @@ def kl_sum(full: Tensor, logits: Tensor) -> float:
         logits: (answer tokens, V) of the model under test.
     """
     full = full.to(logits.device).double()
-    other = logits.double().log_softmax(-1)
-    # A distribution compared with itself, rounded to float32 in between, can come out a hair below zero.
+    other = logits.double().log_softmax(-1).float().double()  # rounded like `full`: no change is exactly 0
+    # Rounded distributions do not quite sum to 1, so that nearly equal ones can come out a hair below zero.
     return max(0.0, float((full.exp() * (full - other)).sum()))

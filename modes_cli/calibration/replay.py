@@ -8,6 +8,7 @@ embeddings, DeepStack additions and the head are done by the model itself, so no
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ class Replay:
 
     def __init__(self, model: nn.Module, blocks: list[MoEBlock]) -> None:
         self.model = model
-        self._layers = _decoder_layers(model, blocks)
-        self._vision = _vision_modules(model, self._layers)
+        decoder = model.get_submodule(blocks[0].name.split(".layers.")[0])
+        self._layers = _decoder_layers(decoder)
+        self._vision = _vision_modules(model, decoder)
         self._outputs: list[Any] = []
         self._encoded: dict[nn.Module, Any] = {}
         self._start: int | None = None  # None: recording
@@ -37,9 +39,9 @@ class Replay:
 
     def __enter__(self) -> "Replay":
         for position, layer in enumerate(self._layers):
-            _wrap(layer, lambda call, args, kwargs, i=position: self._layer(i, call, args, kwargs))
+            _wrap(layer, partial(self._layer, position))
         for module in self._vision:
-            _wrap(module, lambda call, args, kwargs, m=module: self._encode(m, call, args, kwargs))
+            _wrap(module, partial(self._encode, module))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,18 +100,17 @@ def _wrap(module: nn.Module, through: Callable[[Callable[..., Any], tuple[Any, .
     module.forward = lambda *args, **kwargs: through(original, args, kwargs)
 
 
-def _decoder_layers(model: nn.Module, blocks: list[MoEBlock]) -> list[nn.Module]:
-    prefix = blocks[0].name.split(".layers.")[0]
-    layers = model.get_submodule(f"{prefix}.layers")
+def _decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    layers = decoder.get_submodule("layers")
     if not isinstance(layers, nn.ModuleList):
-        raise UnknownLayout(f"`{prefix}.layers` is a `{type(layers).__name__}`, not a list of layers")
+        raise UnknownLayout(f"the layers of `{type(decoder).__name__}` are a `{type(layers).__name__}`, not a list of layers")
     return list(layers)
 
 
-def _vision_modules(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
-    """Modules beside the decoder whose result does not depend on it: vision towers and projectors."""
+def _vision_modules(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """Modules beside the decoder whose result does not depend on it: vision towers and projectors. A text model has none."""
     base: nn.Module = getattr(model, "model", model)
-    inside = set(layers)
+    inside = set(decoder.modules())
     return [
         child
         for child in base.children()
@@ -117,4 +118,3 @@ def _vision_modules(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module
         and any(True for _ in child.parameters())
         and not any(module in inside for module in child.modules())
     ]
-

@@ -118,7 +118,7 @@ def draw_scene(bank: Bank, rng: Random) -> Scene:
     canvas = np.zeros((GRID, CELL, GRID, CELL, 3), dtype=np.float32)
     for cell, digit in enumerate(digits):
         if digit is not None:
-            glyph = pick(rng, bank[digit])
+            glyph = bank[digit][int(rng.random() * len(bank[digit]))]
             canvas[cell // GRID, :, cell % GRID] = glyph[..., None] * np.asarray(COLORS[COLOR_NAMES[colors[cell]]], np.float32)
     return Scene(canvas.reshape(SIDE, SIDE, 3).astype(np.uint8), tuple(digits), tuple(colors))
 

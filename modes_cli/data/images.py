@@ -26,7 +26,7 @@ UPRIGHT = {
 }
 
 
-class Unusable(Exception):  # noqa: N818 - a reason that is collected, not an error that users meet
+class Unusable(Exception):
     """Why one sample cannot be used; the sample is named by whoever catches it. Never reaches the user as it is."""
 
     def __init__(self, reason: str, *, hint: str | None = None) -> None:

@@ -49,7 +49,7 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
     found: list[MoEBlock] = []
     for name, module in decoder.named_modules():
         match = _LAYER.search(name)
-        if match is None or not _looks_like_experts(module):
+        if match is None or not _looks_like_experts(name, module):
             continue
         path = f"{prefix}.{name}" if prefix else name
         found.append(_describe(path, int(match.group(1)), module, _top_k(decoder, model)))
@@ -57,18 +57,20 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", "?")
         raise BadModel(
-            f"`{type(model).__name__}` (model type `{kind}`) has no MoE layers: no module with stacked expert weights was found",
+            f"`{type(model).__name__}` (model type `{kind}`) has no MoE layers: no module with stacked expert weights",
             hint="skipping needs a Mixture-of-Experts model; a dense one has nothing to skip",
         )
     found.sort(key=lambda block: block.layer)
     if len({block.layer for block in found}) != len(found):
-        raise UnknownLayout(f"`{type(model).__name__}` has more than one set of experts in a layer", hint="this family is not supported yet")
+        raise UnknownLayout(
+            f"`{type(model).__name__}` has more than one set of experts in a layer", hint="this family is not supported yet"
+        )
     return [replace(block, index=index) for index, block in enumerate(found)]
 
 
-def _looks_like_experts(module: nn.Module) -> bool:
-    name = type(module).__name__
-    if name.endswith("Experts"):
+def _looks_like_experts(path: str, module: nn.Module) -> bool:
+    # One module per expert, in a list: not understood, but not to be taken for a dense model either.
+    if type(module).__name__.endswith("Experts") or (path.endswith(".experts") and isinstance(module, nn.ModuleList)):
         return True
     down = getattr(module, "down_proj", None)
     return isinstance(down, Tensor) and down.dim() == 3
@@ -89,8 +91,12 @@ def _describe(path: str, layer: int, experts: nn.Module, top_k: int) -> MoEBlock
     label = f"`{type(experts).__name__}` at `{path}`"
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dim() == 3 and down.dim() == 3):
-        shapes = {name: tuple(p.shape) for name, p in experts.named_parameters()}
-        raise UnknownLayout(f"{label} has parameters {shapes}; needed are 3-D gate_up_proj and down_proj", hint="this family is not supported yet")
+        shapes = [f"{name} {tuple(p.shape)}" for name, p in experts.named_parameters()]
+        shown = ", ".join([*shapes[:6], *(["..."] if len(shapes) > 6 else [])])
+        raise UnknownLayout(
+            f"{label} has parameters {shown}; needed are 3-D gate_up_proj and down_proj",
+            hint="this family is not supported yet",
+        )
     arguments = [p for p in inspect.signature(type(experts).forward).parameters if p != "self"]
     if len(arguments) != 3:
         raise UnknownLayout(f"{label} takes ({', '.join(arguments)}); needed is (hidden, top_k_index, top_k_weights)")
@@ -99,11 +105,26 @@ def _describe(path: str, layer: int, experts: nn.Module, top_k: int) -> MoEBlock
     hidden, double = (gate_up.shape[1], gate_up.shape[2]) if transposed else (gate_up.shape[2], gate_up.shape[1])
     expected = (num_experts, double // 2, hidden) if transposed else (num_experts, hidden, double // 2)
     if double % 2 or tuple(down.shape) != expected:
-        raise UnknownLayout(f"{label} has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}, which do not fit together")
+        raise UnknownLayout(
+            f"{label} has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}, which do not fit together"
+        )
     # Whether gate and up rows alternate is not visible in a shape; transformers says it on the class.
     interleaved = not bool(getattr(experts, "is_concatenated", True))
     has_bias = bool(getattr(experts, "has_bias", getattr(experts, "gate_up_proj_bias", None) is not None))
-    return MoEBlock(layer, 0, path, experts, num_experts, top_k, hidden, double // 2, transposed, interleaved, has_bias, _activation(experts, label))
+    return MoEBlock(
+        layer,
+        0,
+        path,
+        experts,
+        num_experts,
+        top_k,
+        hidden,
+        double // 2,
+        transposed,
+        interleaved,
+        has_bias,
+        _activation(experts, label),
+    )
 
 
 def _activation(experts: nn.Module, label: str) -> str:

@@ -24,7 +24,7 @@ def checkpoint_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     """
     if spec.id == REFERENCE:
         folder = REFERENCE_FOLDER
-    elif Path(spec.id).is_dir():
+    elif spec.id and Path(spec.id).is_dir():
         folder = Path(spec.id)
     elif spec.id.startswith((".", "/", "~")) or spec.id.count("/") > 1 or not spec.id:
         raise BadModel(f"`{spec.id}` is no folder", hint="give a Hugging Face id, a checkpoint folder, or `digits`")
@@ -33,7 +33,10 @@ def checkpoint_folder(spec: ModelSpec, *, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         raise BadModel(f"`{folder}` has no config.json", hint="give the folder that `save_pretrained` wrote")
     if weights and not list(folder.glob("*.safetensors")):
-        raise BadModel(f"`{folder}` has no .safetensors weights", hint="pickled weights are not loaded; convert them with `save_pretrained`")
+        raise BadModel(
+            f"`{folder}` has no .safetensors weights",
+            hint="pickled weights are not loaded; convert them with `save_pretrained`",
+        )
     return folder
 
 

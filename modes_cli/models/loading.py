@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from modes_cli import __version__
-from modes_cli.artifacts.base import ModelInfo, Versions
+from modes_cli.artifacts.base import Dtype, ModelInfo, Versions
 from modes_cli.errors import BadModel, BadOption
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
 from modes_cli.models.checkpoint import checkpoint_digest, checkpoint_folder, read_config
@@ -17,9 +17,16 @@ from modes_cli.models.groups import TokenGroups, token_groups
 from modes_cli.models.processor import load_processor
 from modes_cli.requests import ModelSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Marks of a multimodal configuration; a text-only one has none of them.
-_MULTIMODAL_FIELDS = ("vision_config", "audio_config", "thinker_config", "image_token_id", "image_token_index", "media_placeholder_token_id")
+_MULTIMODAL_FIELDS = (
+    "vision_config",
+    "audio_config",
+    "thinker_config",
+    "image_token_id",
+    "image_token_index",
+    "media_placeholder_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def describe(spec: ModelSpec) -> tuple[Path, ModelInfo, Any]:
     except (ValueError, KeyError, OSError, TypeError) as error:
         kind = raw.get("model_type", "(none)")
         raise BadModel(
-            f"`{spec.id}`: transformers {transformers.__version__} cannot read model type `{kind}`: {str(error).splitlines()[0]}",
+            f"`{spec.id}`: transformers {transformers.__version__} cannot read model type `{kind}`: {str(error)[:200]!r}",
             hint="`--trust-remote-code` runs the code that comes with a checkpoint, if you trust it",
         ) from error
     if not spec.text_only and not any(getattr(config, field, None) is not None for field in _MULTIMODAL_FIELDS):
@@ -79,14 +86,17 @@ def describe(spec: ModelSpec) -> tuple[Path, ModelInfo, Any]:
             f"`{spec.id}` is a text-only model (model type `{config.model_type}`)",
             hint="`--text-only` calibrates it with one modality and one threshold",
         )
-    dtype = spec.dtype
-    if dtype == "auto":
-        stored = getattr(config, "dtype", None) or getattr(getattr(config, "text_config", None), "dtype", None)
-        dtype = str(stored or torch.float32).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise BadModel(f"`{spec.id}` is stored as `{dtype}`; float32, bfloat16 and float16 are supported")
-    info = ModelInfo(id=spec.id, revision=spec.revision, digest=checkpoint_digest(folder), dtype=dtype)
+    info = ModelInfo(id=spec.id, revision=spec.revision, digest=checkpoint_digest(folder), dtype=_dtype(spec, config))
     return folder, info, config
+
+
+def _dtype(spec: ModelSpec, config: Any) -> Dtype:
+    stored = getattr(config, "dtype", None) or getattr(getattr(config, "text_config", None), "dtype", None)
+    name = str(stored or torch.float32).removeprefix("torch.") if spec.dtype == "auto" else spec.dtype
+    for dtype in DTYPES:
+        if dtype == name:
+            return dtype
+    raise BadModel(f"`{spec.id}` is stored as `{name}`; float32, bfloat16 and float16 are supported")
 
 
 def load(spec: ModelSpec) -> Loaded:
@@ -98,23 +108,37 @@ def load(spec: ModelSpec) -> Loaded:
     """
     device = pick_device(spec.device)
     folder, info, config = describe(spec)
-    architecture = AutoModelForCausalLM if spec.text_only else AutoModelForImageTextToText
+    architecture: Any = AutoModelForCausalLM if spec.text_only else AutoModelForImageTextToText
     try:
-        model = architecture.from_pretrained(
-            folder, config=config, dtype=DTYPES[info.dtype], trust_remote_code=spec.trust_remote_code, use_safetensors=True
+        model, report = architecture.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES[info.dtype],
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise BadModel(f"`{spec.id}` cannot be loaded: {str(error).strip().splitlines()[0]}", hint="is the checkpoint complete?") from error
+        raise BadModel(
+            f"`{spec.id}` cannot be loaded: {str(error).strip().splitlines()[0]}", hint="is the checkpoint complete?"
+        ) from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":  # the class is not public
             raise BadModel(f"`{spec.id}` has a damaged weight file: {error}", hint="fetch it again") from error
         raise
+    if missing := sorted(report["missing_keys"]):  # transformers fills these with random numbers
+        raise BadModel(
+            f"`{spec.id}` lacks `{len(missing)}` of the tensors of `{type(model).__name__}`, among them `{missing[0]}`",
+            hint="is the checkpoint complete?",
+        )
     model = model.to(device).eval()
     model.requires_grad_(False)
     blocks = find_moe_blocks(model)
     processor = _processor(spec, folder)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return Loaded(model, processor, info, config.model_type, blocks, token_groups(config, tokenizer.all_special_ids), folder, device)
+    return Loaded(
+        model, processor, info, config.model_type, blocks, token_groups(config, tokenizer.all_special_ids), folder, device
+    )
 
 
 def _processor(spec: ModelSpec, folder: Path) -> Any:

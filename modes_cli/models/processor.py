@@ -11,11 +11,16 @@ from transformers.processing_utils import ProcessorMixin
 from modes_cli.errors import BadModel
 
 
-class ImageTextQwen3VLProcessor(Qwen3VLProcessor):  # type: ignore[misc]
+class ImageTextQwen3VLProcessor(Qwen3VLProcessor):
     """Qwen3-VL's processor without its video part, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any) -> None:
-        for name, token in (("image", "<|image_pad|>"), ("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"), ("vision_end", "<|vision_end|>")):
+        for name, token in (
+            ("image", "<|image_pad|>"),
+            ("video", "<|video_pad|>"),
+            ("vision_start", "<|vision_start|>"),
+            ("vision_end", "<|vision_end|>"),
+        ):
             setattr(self, f"{name}_token", token)
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -36,9 +41,15 @@ def load_processor(folder: Path, *, revision: str | None = None, trust_remote_co
         else:
             processor = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, TypeError) as error:
-        raise BadModel(f"`{folder}` has no usable processor: {str(error).splitlines()[0]}", hint="image processor and tokenizer files belong to a checkpoint") from error
+        raise BadModel(
+            f"`{folder}` has no usable processor: {str(error).splitlines()[0]}",
+            hint="image processor and tokenizer files belong to a checkpoint",
+        ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise BadModel(f"`{folder}` has only a `{type(processor).__name__}`, no image processor", hint="is this a text-only model? then add `--text-only`")
+        raise BadModel(
+            f"`{folder}` has only a `{type(processor).__name__}`, no image processor",
+            hint="is this a text-only model? then add `--text-only`",
+        )
     return processor
 
 

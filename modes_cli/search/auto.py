@@ -19,7 +19,7 @@ from modes_cli.search.strategies import Problem, edge_point
 from modes_cli.skipping.policy import Policy, Rule, policy
 
 AUTO = "auto"
-_TRIED = (
+_TRIED: tuple[tuple[str, dict[str, float]], ...] = (
     ("modes", {}),
     ("tempered", {"power": 0.5, "per_modality": 0.0}),
     ("tempered", {"power": 0.25, "per_modality": 0.0}),

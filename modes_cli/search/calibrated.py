@@ -58,7 +58,9 @@ def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Itera
     require_current(run, calibration, spec)
     counts, reference = _tensors(run, calibration)
     data = calibration.data
-    source = open_source(DataSpec(data.source, data.split, data.samples, data.seed, **_columns(calibration)), text_only=spec.text_only)
+    source = open_source(
+        DataSpec(data.source, data.split, data.samples, data.seed, **_columns(calibration)), text_only=spec.text_only
+    )
     renew = f"modes calibrate {spec.id}{run.option} --fresh"
     expected = {**calibration.identity(), "data.digest": data_info(source).digest}
     run.require_same(Calibration, calibration.identity(), expected, renew=renew)
@@ -86,7 +88,13 @@ def _tensors(run: RunFolder, calibration: Calibration) -> tuple[Tensor, Tensor]:
         raise BadArtifact(str(path), "content", str(error)) from error
     wanted = (calibration.moe_layers, len(GROUPS), BINS)
     if tuple(counts.shape) != wanted or counts.dtype != torch.int64 or bool((counts < 0).any()):
-        raise BadArtifact(str(path), "tensor `score_histogram`", f"is {tuple(counts.shape)} {counts.dtype}, should be {wanted} int64, none negative")
+        raise BadArtifact(
+            str(path),
+            "tensor `score_histogram`",
+            f"is {tuple(counts.shape)} {counts.dtype}, should be {wanted} int64, none negative",
+        )
     if reference.dim() != 2 or reference.shape[0] != calibration.answer_tokens or bool(torch.isnan(reference).any()):
-        raise BadArtifact(str(path), "tensor `reference_log_probabilities`", f"has shape {tuple(reference.shape)}, or NaN in it")
+        raise BadArtifact(
+            str(path), "tensor `reference_log_probabilities`", f"has shape {tuple(reference.shape)}, or NaN in it"
+        )
     return counts, reference

@@ -80,7 +80,9 @@ def _checked(request: SearchRequest) -> list[float]:
     if request.strategy not in STRATEGIES:
         raise BadOption(f"no strategy `{request.strategy}`", hint=f"strategies are {', '.join(STRATEGIES)}")
     if request.grid < 2 or request.passes < 4:
-        raise BadOption(f"grid `{request.grid}`, passes `{request.passes}`", hint="a grid has 2 values or more, a search 4 passes or more")
+        raise BadOption(
+            f"grid `{request.grid}`, passes `{request.passes}`", hint="a grid has 2 values or more, a search 4 passes or more"
+        )
     return sorted(set(request.targets))
 
 
@@ -91,7 +93,7 @@ def _search(
     before = objective.passes
     objective.forget()  # so that a target's result and cost do not depend on which others were asked for
     candidate, best, measured = choose(options, objective, target, STRATEGIES[request.strategy], request.grid, request.passes)
-    if best is None or best.skip_ratio > target + TOLERANCE and request.strategy == "frontier":
+    if best is None or (best.skip_ratio > target + TOLERANCE and request.strategy == "frontier"):
         closest = max((point.skip_ratio for point in measured), default=0.0)
         raise UnreachableTarget(target, closest, request.policy)
     text, vision = best.tau
@@ -116,7 +118,4 @@ def _frontier(measured: list[Point]) -> list[FrontierPoint]:
     for point in sorted(measured, key=lambda p: (-p.skip_ratio, p.kl)):
         if not kept or point.kl < kept[-1].kl:
             kept.append(point)
-    return [
-        FrontierPoint(tau={"text": p.tau[0], "vision": p.tau[1]}, skip_ratio=p.skip_ratio, kl=p.kl) for p in reversed(kept)
-    ]
-
+    return [FrontierPoint(tau={"text": p.tau[0], "vision": p.tau[1]}, skip_ratio=p.skip_ratio, kl=p.kl) for p in reversed(kept)]

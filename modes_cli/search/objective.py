@@ -38,7 +38,7 @@ class Objective:
 
     def __init__(self, loaded: Loaded, engine: SkipEngine, batches: list[Batch], reference: Tensor) -> None:
         self._loaded, self._engine, self._batches = loaded, engine, batches
-        self._reference = list(reference.split([int(batch.answer.sum()) for batch in batches]))
+        self._reference = list(torch.split(reference, [int(batch.answer.sum()) for batch in batches]))
         self._samples = [batch.answer.shape[0] for batch in batches]
         self._seen: dict[tuple[bytes, bytes, int], Point] = {}
         self.passes = 0.0
@@ -60,6 +60,8 @@ class Objective:
                     damage += kl_sum(full, logits)
                     answers += full.shape[0]
                 part = sum(self._samples[:count]) / sum(self._samples)
-                self._seen[key] = Point(rule, damage / answers, counts.skip_ratio(), counts.per_group(), counts.per_layer(), part)
+                self._seen[key] = Point(
+                    rule, damage / answers, counts.skip_ratio(), counts.per_group(), counts.per_layer(), part
+                )
             self.passes += part
         return self._seen[key]

@@ -90,10 +90,9 @@ def frontier(problem: Problem, grid: int, passes: int) -> None:
         edge.measure(position)
     if not problem.one_threshold:
         while problem.objective.passes + 3 <= budget:
-            position = edge.next_position()
-            if position is None:
+            if (place := edge.next_position()) is None:
                 break
-            edge.measure(position)
+            edge.measure(place)
     for position in edge.by_damage():
         if edge.settle(position, budget):
             return

@@ -11,6 +11,7 @@ Classes outside the interface (llama4, step3p7) get the same through their insta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class SkipEngine:
         drop: routed experts that contribute nothing, whatever the rule says.
         watch: called with each layer's routing.
         counts: kept and total pairs since `counts.reset()`; only filled while a rule is set.
+        pad_id: what `generate` feeds for rows of a batch that have ended; such rows are padding, not tokens.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: list[MoEBlock], tokens: TokenGroups) -> None:
@@ -62,6 +64,7 @@ class SkipEngine:
         self.drop: Drop | None = None
         self.watch: Callable[[Routing], None] | None = None
         self.counts = PairCounts(len(blocks))
+        self.pad_id: int | None = None
         self._group: Tensor | None = None  # (B * S,) of the running forward
         self._real: Tensor | None = None  # (B * S,) bool: not padding
         self._phase = 0
@@ -71,20 +74,21 @@ class SkipEngine:
     # -- installing and removing ------------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        for block in self.blocks:  # before anything is changed
+            if getattr(block.experts, "_modes_engine", None) is not None:
+                raise ModesError(f"`{block.name}` is already being skipped by another engine", hint="remove that one first")
         hook = self.model.register_forward_pre_hook(self._read_tokens, with_kwargs=True)
         self._undo.append(hook.remove)
         for block in self.blocks:
             experts: Any = block.experts
-            if getattr(experts, "_modes_engine", None) is not None:
-                raise ModesError(f"`{block.name}` is already being skipped by another engine", hint="remove that one first")
             experts._modes_engine, experts._modes_block = self, block
             if hasattr(experts, "_is_expert_parallel"):  # the mark that transformers' decorator leaves
                 experts._modes_base = _interface_base(experts)
             else:
                 original = experts.forward
                 experts._modes_base = original
-                experts.forward = lambda h, i, w, e=experts: _experts_forward(e, h, i, w)
-                self._undo.append(lambda e=experts: e.__dict__.pop("forward", None))
+                experts.forward = partial(_experts_forward, experts)
+                self._undo.append(partial(experts.__dict__.pop, "forward", None))
         self._set_implementation()
 
     def _set_implementation(self) -> None:
@@ -95,7 +99,7 @@ class SkipEngine:
                     continue  # a vision tower with experts of its own
                 before = module.config._experts_implementation
                 module.set_experts_implementation(IMPLEMENTATION)
-                self._undo.append(lambda m=module, b=before: m.set_experts_implementation(b))
+                self._undo.append(partial(module.set_experts_implementation, before))
 
     def remove(self) -> None:
         """Give the model back as it was."""
@@ -119,6 +123,8 @@ class SkipEngine:
         else:
             self._real = torch.ones_like(self._group, dtype=torch.bool)
         self._phase = int(length == 1)
+        if self._phase and self.pad_id is not None:
+            self._real = self._real & (ids.reshape(-1) != self.pad_id)
 
     def _ids_of_embeddings(self, embeddings: Tensor | None) -> Tensor:
         """Ids for a forward that was given embeddings only: placeholder rows are recognised, every other row is text."""
@@ -151,13 +157,18 @@ class SkipEngine:
     def _tokens_of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self._group is None or self._real is None or self._group.numel() != hidden.shape[0]:
             seen = None if self._group is None else self._group.numel()
-            raise ModesError(f"the experts see {hidden.shape[0]} tokens, the model was given {seen}", hint="this family needs an adapter of its own")
+            raise ModesError(
+                f"the experts see {hidden.shape[0]} tokens, the model was given {seen}",
+                hint="this family needs an adapter of its own",
+            )
         return self._group.to(hidden.device), self._real.to(hidden.device)
 
     # -- for a while --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def using(self, *, rule: Rule | None = None, drop: Drop | None = None, watch: Callable[[Routing], None] | None = None) -> Iterator[PairCounts]:
+    def using(
+        self, *, rule: Rule | None = None, drop: Drop | None = None, watch: Callable[[Routing], None] | None = None
+    ) -> Iterator[PairCounts]:
         """Rule, drop and watcher for the length of a block, with fresh counts."""
         before = self.rule, self.drop, self.watch
         self.rule, self.drop, self.watch = rule, drop, watch

@@ -29,7 +29,9 @@ class PairCounts:
         """Add one layer's call: `group` (tokens,) and `kept_per_token` (tokens,) of its real tokens."""
         group = group.long()
         tokens = torch.bincount(group, minlength=len(GROUPS)).cpu()
-        kept = torch.zeros(len(GROUPS), dtype=torch.int64, device=group.device).index_add_(0, group, kept_per_token.long()).cpu()
+        kept = (
+            torch.zeros(len(GROUPS), dtype=torch.int64, device=group.device).index_add_(0, group, kept_per_token.long()).cpu()
+        )
         self.total[phase, layer] += tokens * top_k
         self.kept[phase, layer] += kept
 

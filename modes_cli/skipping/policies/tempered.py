@@ -16,7 +16,10 @@ from modes_cli.skipping.policy import Policy, register
 class Tempered(Policy):
     def __init__(self, power: float = 0.25, per_modality: float = 0.0) -> None:
         if not 0 <= power <= 1 or per_modality not in (0, 1):
-            raise BadOption(f"policy `tempered` with power `{power}` and per_modality `{per_modality}`", hint="power is 0 to 1, per_modality 0 or 1")
+            raise BadOption(
+                f"policy `tempered` with power `{power}` and per_modality `{per_modality}`",
+                hint="power is 0 to 1, per_modality 0 or 1",
+            )
         super().__init__(power=float(power), per_modality=float(per_modality))
 
     def scale(self, importance: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""What is timed: prefill and decode of one batch, in PyTorch and in ONNX Runtime, full and skipped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from modes_cli.data.sample import Sample
+from modes_cli.models.inputs import Batch, prompt_batch
+from modes_cli.runtime.ort_model import OrtModel
+from modes_cli.runtime.torch_model import TorchRuntime
+from modes_cli.skipping.policy import Rule
+
+DECODE_STEPS = 8
+REFERENCE = "transformers"
+
+
+@dataclass
+class Timed:
+    """One case while it is being measured. `work` makes `per` steps a call."""
+
+    phase: Literal["prefill", "decode"]
+    tokens: int
+    batch: int
+    runtime: str
+    skip_ratio: float
+    work: Callable[[], object]
+    per: int = 1
+    seconds: list[float] = field(default_factory=list)
+
+
+def torch_cases(runtime: TorchRuntime, samples: list[Sample]) -> list[Timed]:
+    """transformers as it is, and with the rule in force. Decode ignores end markers, so that all make the same steps."""
+    batch, size = prompt_batch(runtime.loaded, samples), len(samples)
+    tokens = int(batch.inputs["attention_mask"].sum())
+    cases = []
+    for name, rule in ((REFERENCE, None), (f"{REFERENCE}+modes", runtime.rule)):
+        prefill = partial(_torch_prefill, runtime, batch, rule)
+        decode = partial(_torch_decode, runtime, batch, rule, prefill()[1])
+        cases.append(Timed("prefill", tokens, size, name, prefill()[0], prefill))
+        cases.append(Timed("decode", size, size, name, decode(), decode, DECODE_STEPS))
+    return cases
+
+
+def _torch_prefill(runtime: TorchRuntime, batch: Batch, rule: Rule | None) -> tuple[float, Any]:
+    model: Any = runtime.loaded.model
+    with torch.no_grad(), runtime.engine.using(rule=rule) as counts:
+        out = model(**batch.inputs, use_cache=True, logits_to_keep=1)
+        return counts.skip_ratio(), out
+
+
+def _torch_decode(runtime: TorchRuntime, batch: Batch, rule: Rule | None, prefilled: Any) -> float:
+    model: Any = runtime.loaded.model
+    mask = batch.inputs["attention_mask"]
+    rope = getattr(getattr(model, "model", model), "rope_deltas", None)
+    cache, ids = prefilled.past_key_values, prefilled.logits[:, -1:].argmax(-1)
+    if (extra := cache.get_seq_length() - mask.shape[1]) > 0:  # what an earlier call added
+        cache.crop(-extra)
+    with torch.no_grad(), runtime.engine.using(rule=rule) as counts:
+        for step in range(1, DECODE_STEPS + 1):
+            seen = torch.cat([mask, mask.new_ones(len(mask), step)], 1)
+            place = seen.sum(1, keepdim=True) - 1
+            positions = place if rope is None else (place + rope)[None].expand(3, -1, -1)
+            out = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True)
+            ids = out.logits[:, -1:].argmax(-1)
+        return counts.skip_ratio()
+
+
+def ort_cases(model: OrtModel, samples: list[Sample]) -> list[Timed]:
+    """The bundle with tau = 0 and with its own thresholds."""
+    prompts = model.prompts([sample.images for sample in samples], [sample.question for sample in samples])
+    size, tokens = len(samples), int(prompts.attention_mask.sum())
+    cases = []
+    for name, tau in (("onnxruntime", model.tau({})), ("onnxruntime+modes", None)):
+        ratio = model.answer(prompts, 1, tau).counts.skip_ratio()
+        cases.append(Timed("prefill", tokens, size, name, ratio, partial(model.prefilled, prompts, tau)))
+        decode = partial(model.decode_steps, model.prefilled(prompts, tau), DECODE_STEPS, tau)
+        cases.append(Timed("decode", size, size, name, decode().skip_ratio(), decode, DECODE_STEPS))
+    return cases
