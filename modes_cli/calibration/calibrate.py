@@ -8,6 +8,8 @@ from modes_cli.artifacts.calibration import LayerImportance
 from modes_cli.calibration.divergence import kl_sum, log_distribution
 from modes_cli.calibration.replay import Replay
 from modes_cli.calibration.scores import ScoreHistogram
+from modes_cli.calibration.unfinished import FILE as UNFINISHED
+from modes_cli.calibration.unfinished import Unfinished
 from modes_cli.data import batches, open_source
 from modes_cli.models.groups import GROUPS, TEXT, VISION
 from modes_cli.models.identity import identity
@@ -44,17 +46,22 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
             run.check_tensors(kept.tensors)
             return Outcome(kept, run.file(Calibration.FILE), reused=True)
     loaded = load(request.model)
-    measured = _Measurement(loaded)
+    measured, unfinished = _Measurement(loaded), Unfinished(run.file(UNFINISHED), expected.flat)
+    before = None if request.fresh else unfinished.restore()
+    if before is not None:
+        measured.resume(*before)
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     request.progress.start("calibrate", len(source))
     try:
         with Replay(loaded.model, loaded.blocks) as replay:
-            for samples in batches(source, request.batch_size):
-                measured.add(measuring_batch(loaded, samples), engine, replay)
+            for number, samples in enumerate(batches(source, request.batch_size)):
+                if number >= measured.batches:
+                    measured.add(measuring_batch(loaded, samples), engine, replay)
+                    unfinished.save(measured.state(), measured.batches)
                 request.progress.advance(len(samples))
-            forwards = replay.layers_run / replay.layers
     finally:
         engine.remove()
+    forwards = measured.layers_run / replay.layers
     tensors = run.write_tensors(TENSORS, measured.tensors())
     naive = (1 + len(COLUMNS) * len(loaded.blocks)) * measured.batches
     artifact = Calibration(
@@ -75,7 +82,9 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
         naive_forwards=naive / measured.batches,
         tensors=tensors,
     )
-    return Outcome(artifact, run.write(artifact))
+    path = run.write(artifact)
+    unfinished.remove()
+    return Outcome(artifact, path)
 
 
 class _Measurement:
@@ -88,6 +97,19 @@ class _Measurement:
         self.reference: list[torch.Tensor] = []
         self.answer_tokens = 0
         self.batches = 0
+        self.layers_run = 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All sums, as tensors."""
+        counters = torch.tensor([self.answer_tokens, self.layers_run])
+        reference = torch.cat(self.reference)
+        return {"damage": self.damage, "histogram": self.histogram.counts, "reference": reference, "counters": counters}
+
+    def resume(self, state: dict[str, torch.Tensor], batches: int) -> None:
+        """Go on from what `state` gave after so many batches."""
+        self.damage, self.histogram.counts = state["damage"], state["histogram"]
+        self.reference, self.batches = [state["reference"]], batches
+        self.answer_tokens, self.layers_run = state["counters"].tolist()
 
     def add(self, batch: Batch, engine: SkipEngine, replay: Replay) -> None:
         def watch(routing: Routing) -> None:
@@ -98,10 +120,12 @@ class _Measurement:
         self.reference.append(full)
         self.answer_tokens += full.shape[0]
         self.batches += 1
+        before = replay.layers_run - replay.layers  # the recording above counts too
         for block in self.blocks:
             for column, (_, group) in enumerate(COLUMNS):
                 with engine.using(drop=Drop(block.index, group)):
                     self.damage[block.index, column] += kl_sum(full, replay.run(batch, block.layer))
+        self.layers_run += replay.layers_run - before
 
     def importance(self) -> dict[str, LayerImportance]:
         kl = self.damage / self.answer_tokens

@@ -102,13 +102,14 @@ def _collate(rows: list[dict[str, Tensor]], loaded: Loaded, *, left: bool) -> di
     pad = loaded.tokenizer.pad_token_id
     fill = {"input_ids": pad if pad is not None else end_ids(loaded)[0]}
     batch: dict[str, Tensor] = {}
-    for name in rows[0]:
-        parts = [row[name] for row in rows if name in row]
-        if name in _PER_TOKEN:
-            room = [length - part.shape[1] for part in parts]
-            parts = [
-                torch.nn.functional.pad(part, (n, 0) if left else (0, n), value=fill.get(name, 0))
-                for part, n in zip(parts, room, strict=True)
-            ]
+    for name in dict.fromkeys(name for row in rows for name in row):  # a sample without images has no pixels
+        parts = []
+        for row in rows:
+            if name not in _PER_TOKEN:
+                parts += [row[name]] if name in row else []
+                continue
+            part = row.get(name, torch.zeros_like(row["input_ids"]))
+            room = length - part.shape[1]
+            parts.append(torch.nn.functional.pad(part, (room, 0) if left else (0, room), value=fill.get(name, 0)))
         batch[name] = torch.cat(parts)
     return batch

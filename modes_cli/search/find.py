@@ -58,19 +58,21 @@ def find_thresholds(request: SearchRequest) -> Outcome[Thresholds]:
         request.progress.start("search", len(missing))
         for target in missing:
             results[target] = _search(request, calibration, calibrated, chosen, target)
+            # Written after each target, so that a search that is stopped keeps what it has found.
+            artifact = Thresholds(
+                model=calibration.model,
+                data=calibration.data,
+                options=options,
+                versions=versions(),
+                calibration=digest,
+                groups=list(SKIPPABLE),
+                results=[results[known] for known in sorted(results)],
+                model_passes=sum(result.model_passes for result in results.values()),
+                grid=request.grid,
+            )
+            path = run.write(artifact)
             request.progress.advance()
-    artifact = Thresholds(
-        model=calibration.model,
-        data=calibration.data,
-        options=options,
-        versions=versions(),
-        calibration=digest,
-        groups=list(SKIPPABLE),
-        results=[results[target] for target in sorted(results)],
-        model_passes=sum(result.model_passes for result in results.values()),
-        grid=request.grid,
-    )
-    return Outcome(artifact, run.write(artifact))
+    return Outcome(artifact, path)
 
 
 def _checked(request: SearchRequest) -> list[float]:

@@ -1,0 +1,175 @@
+"""`modes export`: thresholds and a checkpoint become a folder that runs. No weights are ever in memory."""
+
+import resource
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from modes_cli import files
+from modes_cli.artifacts import Bundle, Calibration, Thresholds
+from modes_cli.artifacts import bundle as artifact
+from modes_cli.artifacts.bundle import BundleFile
+from modes_cli.artifacts.thresholds import SearchResult
+from modes_cli.errors import BadOption, KernelError, ModesError, StaleArtifact, WriteFailed
+from modes_cli.export import weights
+from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
+from modes_cli.export.decoder import DecoderSpec, export_decoder
+from modes_cli.export.embedding import export_embedding
+from modes_cli.export.integrity import LIBRARY, THRESHOLDS, check_extra, check_for_loading, read_bundle, read_thresholds
+from modes_cli.export.linking import link
+from modes_cli.export.plan import Plan, make_plan
+from modes_cli.export.safetensors_header import Entry, merged, read_header
+from modes_cli.export.vision import export_vision
+from modes_cli.models.groups import GROUPS
+from modes_cli.models.loading import versions
+from modes_cli.requests import Exported, ExportRequest
+from modes_cli.run_folder import RunFolder
+from modes_cli.search.calibrated import model_spec, require_current
+from modes_cli.search.selection import select
+from modes_cli.skipping.policy import Rule, from_result
+
+SLACK = 64 << 20  # bytes for graphs, library and tokenizer
+
+
+def export_bundle(request: ExportRequest) -> Exported:
+    """Write the bundle of a run's search result. Either the whole bundle stands under its name afterwards, or what was there.
+
+    Raises:
+        MissingArtifact, StaleArtifact: calibrate or search has to run first, or again.
+        UnknownLayout: this checkpoint's tensors, or this family's graphs, are not understood.
+        BadOption: no such target; `output` is a folder with other things in it.
+        WriteFailed: not enough space.
+    """
+    run = RunFolder(request.run)
+    output = request.output or run.path / "bundle"
+    thresholds, calibration = _artifacts(run)
+    result = select(thresholds, request.target)
+    require_replaceable(output)
+    rule = from_result(result, calibration)
+    if not request.fresh and (same := _same(output, thresholds, result, rule, request.format)) is not None:
+        return Exported(same, output, peak_rss())
+    spec = model_spec(calibration, "cpu", request.trust_remote_code)
+    require_current(run, calibration, spec)
+    plan = make_plan(spec, thresholds, result, rule, onnx=request.format == "onnx")
+    _require_space(output, plan.targets)
+    files.replace_folder(output, lambda folder: _fill(folder, plan, request))
+    return Exported(read_bundle(output), output, peak_rss())
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _artifacts(run: RunFolder) -> tuple[Thresholds, Calibration]:
+    thresholds, calibration = run.read(Thresholds), run.read(Calibration)
+    digest = files.sha256(run.file(Calibration.FILE))
+    if thresholds.calibration != digest:
+        raise StaleArtifact(
+            str(run.file(Thresholds.FILE)),
+            "calibration",
+            thresholds.calibration[:12],
+            digest[:12],
+            run.renew(Thresholds) + " --fresh",
+        )
+    return thresholds, calibration
+
+
+def require_replaceable(output: Path) -> None:
+    """Raises BadOption unless `output` is absent, empty, or a bundle with nothing else in it: it will be replaced."""
+    if not output.exists() and not output.is_symlink():
+        return
+    problem = "is not a folder"
+    if output.is_dir() and not output.is_symlink():
+        if not any(output.iterdir()):
+            return
+        try:
+            check_extra(output, read_bundle(output))
+            return
+        except ModesError as error:
+            problem = f"holds something else than a bundle: {error}"
+    raise BadOption(f"`{output}` {problem}", hint="choose another `--output`, or remove it")
+
+
+def _same(output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule, format: str) -> Bundle | None:
+    """The bundle that is there, if it is whole and is what would be written."""
+    try:
+        there = check_for_loading(output)
+        scale, _ = read_thresholds(output, there)
+    except ModesError:
+        return None
+    found = (there.model, there.calibration_data, there.versions, there.format)
+    chosen = (there.policy, there.parameters, there.target, there.tau)
+    if found != (thresholds.model, thresholds.data, versions(), format):
+        return None
+    if chosen != (result.policy, result.parameters, result.target, result.tau):
+        return None
+    return there if np.array_equal(scale, rule.score_scale.numpy()) else None
+
+
+def _require_space(output: Path, targets: list[weights.Target]) -> None:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    needed, free = sum(target.bytes for target in targets) + SLACK, shutil.disk_usage(parent).free
+    if needed > free:
+        raise WriteFailed(
+            f"`{output}` needs `{needed}` bytes, `{free}` are free", hint="free some space, or choose another `--output`"
+        )
+
+
+def _fill(folder: Path, plan: Plan, request: ExportRequest) -> None:
+    progress = request.progress
+    written = weights.write_weights(folder, plan.targets, progress)
+    copy_settings(folder, plan)
+    (folder / THRESHOLDS).write_bytes(thresholds_bytes(plan))
+    if request.format == "onnx":
+        _write_graphs(folder, plan, request)
+        library = _library()
+        shutil.copyfile(library, folder / LIBRARY)
+    digests = {file.path: file for file in written}
+    for path in sorted(folder.iterdir()):
+        if path.name not in digests:
+            digests[path.name] = BundleFile(path=path.name, bytes=path.stat().st_size, sha256=files.sha256(path))
+    bundle = describe_bundle(plan, request.format, [digests[name] for name in sorted(digests)])
+    (folder / artifact.FILE).write_text(files.canonical_json(bundle.model_dump(mode="json")), "utf-8")
+
+
+def _library() -> Path:
+    from modes_cli.runtime import kernels
+
+    path = kernels.library_path()
+    if path is None:
+        raise KernelError(f"the operator library `{LIBRARY}` is not installed", hint=kernels.REBUILD)
+    return path
+
+
+def _write_graphs(folder: Path, plan: Plan, request: ExportRequest) -> None:
+    assert plan.family is not None
+    family, text = plan.family, plan.config.get_text_config()
+    tensors = merged([read_header(path) for path in sorted(folder.glob("model-*.safetensors"))])
+    deepstack = family.deepstack(plan.config)
+    spec = DecoderSpec(text, deepstack, plan.blocks, plan.tokens, plan.rule.score_scale, plan.rule.tau)
+    request.progress.start("graphs", 3)
+    _save(
+        export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack),
+        folder / "embedding.onnx",
+        plan,
+        tensors,
+    )
+    request.progress.advance()
+    _save(export_vision(plan.model, plan.mode, family, plan.config), folder / "vision.onnx", plan, tensors)
+    request.progress.advance()
+    _save(export_decoder(plan.model, plan.mode, family, spec), folder / "decoder.onnx", plan, tensors)
+    request.progress.advance()
+
+
+def _save(model: ir.Model, path: Path, plan: Plan, tensors: Mapping[str, Entry]) -> None:
+    link(model, tensors, path.parent, plan.aliases)
+    model.metadata_props.update(
+        {"modes.groups": ",".join(GROUPS), "modes.policy": plan.result.policy, "modes.model": plan.info.id}
+    )
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

@@ -1,0 +1,206 @@
+"""The decoder graph: one for prefill and decode, with a key-value cache, and one SkipExperts node per MoE layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+
+from modes_cli.export import graph
+from modes_cli.export.families.base import Family
+from modes_cli.export.graph import AUTO, Shape
+from modes_cli.export.skeleton import keep_only
+from modes_cli.models.blocks import MoEBlock
+from modes_cli.models.groups import GROUPS, SPECIAL, TEXT, VISION, TokenGroups
+
+PADDING = len(GROUPS)  # a group that only the graph knows: tau is infinite, so padding costs no expert work
+_ATTENTION = "modes_export"
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What a decoder graph is made from. `score_scale` is [L, G] or [L, G, E], `tau` [G], float32."""
+
+    config: Any  # of the text model
+    deepstack: int
+    blocks: list[MoEBlock]
+    tokens: TokenGroups
+    score_scale: Tensor
+    tau: Tensor
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.config.num_key_value_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+
+
+class FlatCache:
+    """Turns the graph's past inputs into its present outputs. Attention layers only call `update`."""
+
+    def __init__(self, past: list[Tensor]) -> None:
+        self.past = past
+        self.present: list[Tensor] = list(past)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = torch.cat([self.past[2 * layer_idx], keys], 2), torch.cat([self.past[2 * layer_idx + 1], values], 2)
+        self.present[2 * layer_idx : 2 * layer_idx + 2] = keys, values
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.past[0].shape[2]
+
+
+class Decoder(nn.Module):
+    """The text model between embeddings and logits, with the experts of every MoE layer replaced by the operator."""
+
+    def __init__(self, model: nn.Module, family: Family, spec: DecoderSpec) -> None:
+        super().__init__()
+        tree = keep_only(model, [family.text, family.head])
+        for name, child in tree.named_children():  # not as one submodule: names must stay the checkpoint's
+            self.add_module(name, child)
+        self.family, self.spec = family, spec
+        self.group: Tensor | None = None
+        self.thresholds: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.register_buffer("vision_ids", torch.tensor(spec.tokens.vision_ids, dtype=torch.int64), persistent=False)
+        self.register_buffer("special_ids", torch.tensor(spec.tokens.special_ids, dtype=torch.int64), persistent=False)
+        self.register_buffer("never", torch.tensor([float("inf")]), persistent=False)
+        padded = torch.cat([spec.score_scale, torch.zeros_like(spec.score_scale[:, :1])], 1)
+        for block in spec.blocks:
+            self.register_buffer(f"score_scale_{block.layer}", padded[block.index].clone(), persistent=False)
+            block.experts.forward = self._experts(block)
+        spec.config._attn_implementation = _ATTENTION
+
+    def _experts(self, block: MoEBlock) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        experts: Any = block.experts
+        biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if block.has_bias else (None, None)
+        swiglu = block.activation == "swiglu_oai"
+        alpha, limit = (float(experts.alpha), float(experts.limit)) if swiglu else (0.0, 0.0)
+
+        def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            scale = self.get_buffer(f"score_scale_{block.layer}")
+            out, kept = torch.ops.modes_trace.skip_experts(
+                hidden, ids, weights.to(hidden.dtype), self.group, self.thresholds, scale,
+                experts.gate_up_proj, experts.down_proj, *biases,
+                block.activation, alpha, limit, block.transposed, block.interleaved,
+            )  # fmt: skip
+            self.kept.append(kept)
+            return out
+
+        return forward
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        input_ids: Tensor,
+        tau: Tensor,
+        logits_to_keep: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        batch, length, total = *input_ids.shape, attention_mask.shape[1]
+        before = past[0].shape[2]
+        torch._check(total == before + length)
+        for sizes in (inputs_embeds.shape, position_ids.shape[-2:]):
+            torch._check(sizes[0] == batch)
+            torch._check(sizes[1] == length)
+        valid = attention_mask != 0
+        self.kept, self.thresholds = [], torch.cat([tau, self.get_buffer("never")])
+        self.group = self._groups(input_ids, valid[:, before:]).reshape(-1)
+        query, key = torch.arange(length, device=tau.device)[:, None] + before, torch.arange(total, device=tau.device)[None]
+        # A padding row looks at itself, or its softmax would be 0 / 0 and the NaN would spread through the cache.
+        mask = ((key <= query)[None] & valid[:, None, :]) | (key == query)[None]
+        cache = FlatCache(past)
+        embeds, *deepstack = inputs_embeds.chunk(1 + self.spec.deepstack, -1)
+        hidden = self.family.run_text(
+            self.get_submodule(self.family.text), embeds, position_ids, mask[:, None], cache, deepstack
+        )
+        logits = self.get_submodule(self.family.head)(torch.ops.modes_trace.last_rows(hidden, logits_to_keep))
+        kept = torch.stack(self.kept)[:, :PADDING]
+        self.group = self.thresholds = None
+        return logits, kept, cache.present
+
+    def _groups(self, input_ids: Tensor, valid: Tensor) -> Tensor:
+        """[B, S] int32."""
+        vision = (input_ids[..., None] == self.get_buffer("vision_ids")).any(-1)
+        special = (input_ids[..., None] == self.get_buffer("special_ids")).any(-1)
+        group = torch.where(vision, VISION, torch.where(special, SPECIAL, TEXT))
+        return torch.where(valid, group, PADDING).to(torch.int32)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Grouped heads stay grouped: the Attention operator repeats them itself, without copies."""
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec: DecoderSpec) -> ir.Model:
+    """The decoder graph, its weights still to be linked.
+
+    Inputs: inputs_embeds [B, S, (1 + n) * H], attention_mask [B, P + S], position_ids [3, B, S] or [B, S], input_ids [B, S],
+    tau [G] and logits_to_keep [1] (both with a default), past_key_values.N.key / value [B, kv heads, P, head dim].
+    Outputs: logits [B, S, V], or only the last `logits_to_keep` rows; kept_pairs [L, G] int64; present.N.key / value.
+    """
+    decoder = Decoder(model, family, spec).eval()
+    batch, length, past = 2, 5, 3
+    hidden, layers, rows = int(spec.config.hidden_size), spec.layers, family.position_rows
+    with mode:
+        cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * layers)]
+        example = {
+            "inputs_embeds": torch.zeros(batch, length, (1 + spec.deepstack) * hidden),
+            "attention_mask": torch.ones(batch, past + length, dtype=torch.int64),
+            "position_ids": torch.zeros((3, batch, length) if rows == 3 else (batch, length), dtype=torch.int64),
+            "input_ids": torch.zeros(batch, length, dtype=torch.int64),
+            "tau": torch.zeros(len(GROUPS)),
+            "logits_to_keep": torch.zeros(1, dtype=torch.int64),
+            "past": cache,
+        }
+    tokens = {0: AUTO, 1: AUTO}
+    dynamic = {
+        "inputs_embeds": tokens, "attention_mask": tokens, "position_ids": {1: AUTO, 2: AUTO} if rows == 3 else tokens,
+        "input_ids": tokens, "tau": {}, "logits_to_keep": {}, "past": [{0: AUTO, 2: AUTO}] * (2 * layers),
+    }  # fmt: skip
+    names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    inputs: dict[str, Shape] = {
+        "inputs_embeds": ["batch", "length", (1 + spec.deepstack) * hidden],
+        "attention_mask": ["batch", "total"],
+        "position_ids": [3, "batch", "length"] if rows == 3 else ["batch", "length"],
+        "input_ids": ["batch", "length"],
+        "tau": [len(GROUPS)],
+        "logits_to_keep": [1],
+    }
+    inputs |= {f"past_key_values.{name}": ["batch", spec.kv_heads, "past", spec.head_dim] for name in names}
+    outputs: dict[str, Shape] = {
+        "logits": ["batch", "logits_length", int(spec.config.vocab_size)],
+        "kept_pairs": [len(spec.blocks), len(GROUPS)],
+    }
+    outputs |= {f"present.{name}": ["batch", spec.kv_heads, "total", spec.head_dim] for name in names}
+    traced = graph.trace(decoder, example, dynamic, inputs, outputs)
+    graph.give_default(traced, "tau", spec.tau.to(torch.float32))
+    graph.give_default(traced, "logits_to_keep", torch.zeros(1, dtype=torch.int64))
+    return traced

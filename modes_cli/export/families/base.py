@@ -1,0 +1,49 @@
+"""What the exporter asks of a model family."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Cache(Protocol):
+    """What attention layers see as their key-value cache."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def get_seq_length(self, *args: Any) -> Any: ...
+
+
+class Family(Protocol):
+    """Shapes: B batch, S new tokens, P past tokens, H hidden size, n deepstack features, N patches, M merged patches."""
+
+    text: str  # module path of the text model
+    head: str  # of the output projection
+    embedding: str  # of the token embedding
+    vision: str  # of the vision tower
+    position_rows: int  # 3: position_ids [3, B, S]; 1: [B, S]
+
+    def deepstack(self, config: Any) -> int:
+        """How many decoder layers receive further image features."""
+        ...
+
+    def run_text(
+        self, text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Cache, deepstack: list[Tensor]
+    ) -> Tensor:
+        """Hidden states [B, S, H] after the last norm.
+
+        Args:
+            text: the text model, traced.
+            embeds: [B, S, H].
+            positions: [3, B, S] or [B, S] int64.
+            mask: [B, 1, S, P + S] bool, True where a token may look.
+            deepstack: n of [B, S, H], zero at text rows.
+        """
+        ...
+
+    def vision_tower(self, model: nn.Module, config: Any) -> nn.Module:
+        """forward(pixel_values [N, C], image_grid_thw [images, 3]) -> [M, (1 + n) * H]. It owns the tower at its own path."""
+        ...
+
+    def patch_size(self, config: Any) -> tuple[int, int]:
+        """Values per patch (C), and how many patches become one token."""
+        ...

@@ -1,0 +1,176 @@
+"""Whether a bundle's files are what bundle.json says. Loading and `modes verify` share these checks."""
+
+import hmac
+import math
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modes_cli import files
+from modes_cli.artifacts import bundle as artifact
+from modes_cli.artifacts.bundle import Bundle, BundleFile
+from modes_cli.errors import BadArtifact
+from modes_cli.export.safetensors_header import Entry, Header, chunks, merged, read_header
+from modes_cli.run_folder import read_json
+
+THRESHOLDS = "thresholds.safetensors"
+LIBRARY = "libmodes_cpu.so"
+GRAPHS = ("decoder.onnx", "embedding.onnx", "vision.onnx")
+WEIGHT_DTYPES = {"F32", "F16", "BF16"}
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """bundle.json of a folder, validated.
+
+    Raises:
+        BadArtifact: missing, a link, not JSON, or a wrong, missing or unknown field.
+    """
+    path = folder / artifact.FILE
+    require_file(path)
+    bundle = read_json(path, Bundle)
+    names = {file.path for file in bundle.files}
+    needed = {THRESHOLDS, *(("decoder.onnx", "embedding.onnx", LIBRARY) if bundle.format == "onnx" else ())}
+    if needed - names or not any(is_weights(name) for name in names):
+        raise BadArtifact(str(path), "field `files`", f"does not list {', '.join(sorted(needed - names)) or 'any weights'}")
+    return bundle
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a bundle holds model weights."""
+    return name.endswith(".safetensors") and name != THRESHOLDS
+
+
+def require_file(path: Path) -> int:
+    """The size of a regular file that is no link.
+
+    Raises:
+        BadArtifact: it is missing, or something else.
+    """
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise BadArtifact(
+            str(path), "file", "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BadArtifact(
+            str(path), "file", "a link, not a file of its own" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+        )
+    return status.st_size
+
+
+def check_size(folder: Path, file: BundleFile) -> None:
+    """Raises BadArtifact if a listed file is missing, a link or behind a link, or of another size."""
+    path = folder / file.path
+    for parent in list(Path(file.path).parents)[:-1]:
+        if (folder / parent).is_symlink():
+            raise BadArtifact(str(folder / parent), "folder", "a link")
+    size = require_file(path)
+    if size != file.bytes:
+        raise BadArtifact(str(path), f"size {size} bytes", f"bundle.json says {file.bytes}")
+
+
+def check_digest(folder: Path, file: BundleFile) -> None:
+    """Raises BadArtifact if a file's bytes are not those that bundle.json names."""
+    if not hmac.compare_digest(files.sha256(folder / file.path), file.sha256):
+        raise BadArtifact(str(folder / file.path), "SHA-256", "differs from the one in bundle.json")
+
+
+def check_extra(folder: Path, bundle: Bundle) -> None:
+    """Raises BadArtifact if the folder holds anything that bundle.json does not list."""
+    listed = {file.path for file in bundle.files} | {artifact.FILE}
+    folders = {str(parent) for name in listed for parent in Path(name).parents}
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in listed and not (name in folders and not path.is_symlink()):
+            raise BadArtifact(str(path), "file", "not listed in bundle.json")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder; links are named, not followed."""
+    for path in sorted(folder.iterdir()):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+
+
+def weight_headers(folder: Path, bundle: Bundle) -> dict[str, Entry]:
+    """All weights by name, headers checked.
+
+    Raises:
+        BadArtifact: a header that the format forbids, a dtype that no runtime takes, a name in two files, or weights that
+            are not aligned to their elements.
+    """
+    headers = [read_header(folder / file.path) for file in bundle.files if is_weights(file.path)]
+    tensors = merged(headers)
+    for entry in tensors.values():
+        if entry.dtype not in WEIGHT_DTYPES:
+            raise BadArtifact(
+                str(entry.file),
+                f"tensor `{entry.name}`",
+                f"dtype `{entry.dtype}` is not one of {', '.join(sorted(WEIGHT_DTYPES))}",
+            )
+        if entry.start % 4:
+            raise BadArtifact(
+                str(entry.file), f"tensor `{entry.name}`", f"begins at offset {entry.start}, which is not aligned"
+            )
+    return tensors
+
+
+def read_thresholds(folder: Path, bundle: Bundle) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """`score_scale` [L, G] or [L, G, E] and `tau` [G] of a bundle.
+
+    Raises:
+        BadArtifact: other tensors or shapes, a value that is negative or not finite, or a tau that bundle.json denies.
+    """
+    header = read_header(folder / THRESHOLDS)
+    layers, groups = len(bundle.moe_layers), len(bundle.groups)
+    shapes = {"score_scale": ((layers, groups), (layers, groups, bundle.experts)), "tau": ((groups,),)}
+    if set(header.tensors) != set(shapes):
+        raise BadArtifact(str(header.path), "tensors", f"are {sorted(header.tensors)[:8]}, should be score_scale and tau")
+    found = {name: _floats(header, name, allowed) for name, allowed in shapes.items()}
+    expected = np.array([bundle.tau.get(group, 0.0) for group in bundle.groups], dtype=np.float32)
+    if not np.array_equal(found["tau"], expected):
+        raise BadArtifact(str(header.path), "tensor `tau`", f"is {found['tau'].tolist()}, bundle.json says {expected.tolist()}")
+    if expected[-1] != 0:
+        raise BadArtifact(
+            str(folder / artifact.FILE), "field `tau`", f"`{bundle.groups[-1]}` is {expected[-1]}; it is never skipped"
+        )
+    return found["score_scale"], found["tau"]
+
+
+def _floats(header: Header, name: str, allowed: tuple[tuple[int, ...], ...]) -> NDArray[np.float32]:
+    entry = header.tensors[name]
+    if entry.dtype != "F32" or entry.shape not in allowed:
+        raise BadArtifact(
+            str(header.path), f"tensor `{name}`", f"is {entry.dtype} {list(entry.shape)}, should be F32 {list(allowed[0])}"
+        )
+    values = np.frombuffer(b"".join(chunks(entry)), dtype="<f4").reshape(entry.shape)
+    wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
+    if len(wrong):
+        at = entry.start + 4 * math.ceil(np.ravel_multi_index(tuple(wrong[0]), entry.shape))
+        raise BadArtifact(
+            str(header.path),
+            f"tensor `{name}` at offset {at}",
+            f"`{values[tuple(wrong[0])]}` is not a finite number of 0 or more",
+        )
+    return values
+
+
+def check_for_loading(folder: Path) -> Bundle:
+    """Everything but the digests of the weights, whose sizes and headers are checked instead, so that 60 GB load at once.
+
+    Raises:
+        BadArtifact: something does not hold; nothing was loaded.
+    """
+    bundle = read_bundle(folder)
+    for file in bundle.files:
+        check_size(folder, file)
+        if not is_weights(file.path):
+            check_digest(folder, file)
+    weight_headers(folder, bundle)
+    read_thresholds(folder, bundle)
+    return bundle

@@ -1,0 +1,108 @@
+"""The operator as the exporter sees it: what is traced in PyTorch, and what it becomes in the graph.
+
+`modes::skip_experts`, the operator that runs in PyTorch, has one output. While tracing we need the second one as well,
+the kept pairs per group, so tracing has its own stand-in; it only knows shapes and is never run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+from torch import Tensor
+
+DOMAIN, NAME, VERSION = "modes", "SkipExperts", 1
+
+torch.library.define(
+    "modes_trace::skip_experts",
+    "(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor group, Tensor tau, Tensor score_scale, "
+    "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, float limit, "
+    "bool transposed, bool interleaved) -> (Tensor, Tensor)",
+)
+torch.library.define("modes_trace::last_rows", "(Tensor x, Tensor count) -> Tensor")
+
+
+@torch.library.register_fake("modes_trace::skip_experts")
+def _skip_experts_shapes(
+    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, group: Tensor, tau: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """Output [T, H] as x; kept pairs [G] int64."""
+    return torch.empty_like(x), torch.empty(tau.shape, dtype=torch.int64, device=x.device)
+
+
+@torch.library.register_fake("modes_trace::last_rows")
+def _last_rows_shape(x: Tensor, count: Tensor) -> Tensor:
+    """[B, S, H] as x. At run time S is `count` where that is not 0; nothing after this operator depends on S."""
+    return torch.empty_like(x)
+
+
+def _register_schema() -> None:
+    """onnxscript and the ONNX checker look operators up by schema."""
+    if onnx.defs.has(NAME, DOMAIN):
+        return
+    parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    option, kind = onnx.defs.OpSchema.FormalParameterOption, onnx.defs.OpSchema.AttrType
+    optional: dict[str, Any] = {"param_option": option.Optional}
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            NAME,
+            DOMAIN,
+            VERSION,
+            doc="Routed experts, of those (token, expert) pairs only whose score reaches the threshold of the group.",
+            inputs=[
+                parameter("hidden", "T"), parameter("expert_ids", "I"), parameter("expert_weights", "T"),
+                parameter("group", "G"), parameter("tau", "F"), parameter("score_scale", "F"),
+                parameter("gate_up", "W"), parameter("down", "W"),
+                parameter("gate_up_bias", "W", **optional), parameter("down_bias", "W", **optional),
+                parameter("score", "F", **optional),
+            ],
+            outputs=[parameter("out", "T"), parameter("kept", "K", **optional)],
+            type_constraints=[
+                ("T", floats, "activations"), ("W", floats, "weights"), ("I", ["tensor(int64)", "tensor(int32)"], "expert ids"),
+                ("G", ["tensor(int32)"], "groups"), ("F", ["tensor(float)"], "thresholds"), ("K", ["tensor(int64)"], "counts"),
+            ],
+            attributes=[
+                attribute("activation", kind.STRING, "silu, gelu_tanh or swiglu_oai", required=True),
+                attribute("alpha", kind.FLOAT, "of swiglu_oai", required=True),
+                attribute("limit", kind.FLOAT, "of swiglu_oai", required=True),
+                attribute("transposed", kind.INT, "1: gate_up [E, H, 2I], down [E, I, H]", required=True),
+                attribute("interleaved", kind.INT, "1: gate and up rows in turn", required=True),
+            ],
+        )
+    )  # fmt: skip
+
+
+_register_schema()
+_MODES = onnxscript.values.Opset(DOMAIN, VERSION)
+_ONNX = onnxscript.opset23
+
+
+def _skip_experts(
+    x: Any, expert_ids: Any, expert_weights: Any, group: Any, tau: Any, score_scale: Any, gate_up: Any, down: Any,
+    gate_up_bias: Any, down_bias: Any, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+) -> Any:  # fmt: skip
+    inputs = [x, expert_ids, expert_weights, group, tau, score_scale, gate_up, down]
+    if gate_up_bias is not None:
+        inputs += [gate_up_bias, down_bias]
+    return _MODES.SkipExperts(
+        *inputs,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+        transposed=int(transposed),
+        interleaved=int(interleaved),
+        _outputs=2,
+    )
+
+
+def _last_rows(x: Any, count: Any) -> Any:
+    """Rows -count and after; count 0 begins at row 0 and so gives all of them."""
+    ends = _ONNX.Constant(value_ints=[torch.iinfo(torch.int64).max])
+    return _ONNX.Slice(x, _ONNX.Neg(count), ends, _ONNX.Constant(value_ints=[1]))
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For torch.onnx.export(custom_translation_table=...)."""
+    return {torch.ops.modes_trace.skip_experts.default: _skip_experts, torch.ops.modes_trace.last_rows.default: _last_rows}

@@ -1,0 +1,132 @@
+"""`modes verify`: every promise that a bundle makes, one check each. Nothing of it is run before all else has passed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from modes_cli import files
+from modes_cli.artifacts import Bundle
+from modes_cli.errors import BadArtifact, ModesError
+from modes_cli.export import integrity
+from modes_cli.export.safetensors_header import Entry
+from modes_cli.requests import Check
+
+INDEX = "model.safetensors.index.json"
+_JSON_LIMIT = 64 << 20
+
+
+def verify_bundle(folder: Path) -> list[Check]:
+    """Look at all of a bundle. A check that fails says which file, and where in it; the rest is still looked at."""
+    checks: list[Check] = []
+
+    def run(name: str, check: Callable[[], str]) -> bool:
+        try:
+            checks.append(Check(name, True, check()))
+        except ModesError as error:
+            checks.append(Check(name, False, str(error)))
+        return checks[-1].ok
+
+    found: list[Bundle] = []
+    if not run("bundle.json", lambda: _bundle(folder, found)):
+        return checks
+    bundle = found[0]
+    if not run("files", lambda: _files(folder, bundle)):  # the rest would only repeat what is missing
+        return checks
+    run("digests", lambda: _digests(folder, bundle))
+    run("nothing else", lambda: _extra(folder, bundle))
+    tensors: dict[str, Entry] = {}
+    whole = run("weights", lambda: _weights(folder, bundle, tensors))
+    run("thresholds", lambda: _thresholds(folder, bundle))
+    if bundle.format == "onnx":
+        if whole:
+            for name in sorted(file.path for file in bundle.files if file.path.endswith(".onnx")):
+                run(name, lambda name=name: _graph(folder / name, tensors))  # type: ignore[misc]
+        run("kernels", lambda: _kernels(folder, bundle))
+        if all(check.ok for check in checks):
+            run("session", lambda: _session(folder, bundle))
+    return checks
+
+
+def _bundle(folder: Path, found: list[Bundle]) -> str:
+    bundle = integrity.read_bundle(folder)
+    found.append(bundle)
+    return f"{bundle.model.id} ({bundle.family}), policy {bundle.policy} at target {bundle.target:g}"
+
+
+def _files(folder: Path, bundle: Bundle) -> str:
+    for file in bundle.files:
+        integrity.check_size(folder, file)
+    return f"{len(bundle.files)} files, {sum(file.bytes for file in bundle.files)} bytes"
+
+
+def _digests(folder: Path, bundle: Bundle) -> str:
+    for file in bundle.files:
+        integrity.check_digest(folder, file)
+    return f"SHA-256 of {len(bundle.files)} files"
+
+
+def _extra(folder: Path, bundle: Bundle) -> str:
+    integrity.check_extra(folder, bundle)
+    return "no file that is not listed"
+
+
+def _weights(folder: Path, bundle: Bundle, tensors: dict[str, Entry]) -> str:
+    tensors |= integrity.weight_headers(folder, bundle)
+    index = folder / INDEX
+    integrity.require_file(index)
+    try:
+        listed = json.loads(files.read_text(index, _JSON_LIMIT))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadArtifact(str(index), "field `weight_map`", "missing, or not JSON") from error
+    actual = {name: entry.file.name for name, entry in tensors.items()}
+    if listed != actual:
+        different = (
+            sorted(listed.items() ^ actual.items())[0][0]
+            if isinstance(listed, dict) and all(isinstance(v, str) for v in listed.values())
+            else "all"
+        )
+        raise BadArtifact(str(index), f"tensor `{different[:200]}`", "is not in the file that the index names")
+    experts = [entry for entry in tensors.values() if len(entry.shape) == 3]
+    least = min((entry.start & -entry.start for entry in experts), default=0)
+    return f"{len(tensors)} tensors in {len(set(actual.values()))} files, experts aligned to {least} bytes or more"
+
+
+def _thresholds(folder: Path, bundle: Bundle) -> str:
+    scale, _ = integrity.read_thresholds(folder, bundle)
+    return f"{len(scale)} layers, tau {json.dumps(bundle.tau)}"
+
+
+def _graph(path: Path, tensors: dict[str, Entry]) -> str:
+    from modes_cli.export.onnx_checks import check_graph
+
+    return check_graph(path, tensors)
+
+
+def _kernels(folder: Path, bundle: Bundle) -> str:
+    """The library's digest has been compared with bundle.json; here with the one that is installed and will run."""
+    from modes_cli.runtime import kernels
+
+    path = kernels.library_path()
+    if path is None:
+        return "the bundle's library will run; none is installed"
+    listed = next(file.sha256 for file in bundle.files if file.path == integrity.LIBRARY)
+    if files.sha256(path) == listed:
+        return f"the installed library is the bundle's (version {kernels.version()}, {kernels.isa()})"
+    return f"the installed library, version {kernels.version()}, will run instead of the bundle's"
+
+
+def _session(folder: Path, bundle: Bundle) -> str:
+    """ONNX Runtime takes every graph, with the inputs and outputs that a bundle of this kind must have."""
+    from modes_cli.runtime.session import DECODER, open_graph
+
+    for name in integrity.GRAPHS:
+        if any(file.path == name for file in bundle.files):
+            opened = open_graph(folder, bundle, name)
+            if name == DECODER:
+                outputs = [output.name for output in opened.get_outputs()]
+                expected = ["logits", "kept_pairs"] + [
+                    f"present.{n}.{part}" for n in range(bundle.decoder.layers) for part in ("key", "value")
+                ]
+                if outputs != expected:
+                    raise BadArtifact(str(folder / name), "outputs", f"are {outputs[:4]}..., should be {expected[:4]}...")
+    return "ONNX Runtime loads the graphs"

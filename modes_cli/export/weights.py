@@ -1,0 +1,215 @@
+"""A checkpoint's weights, rewritten so that every runtime can use them in place.
+
+Experts are stacked per layer in the layout the model has in memory, names are the model's own, and every tensor is
+aligned. The format forbids holes, and padding tensors would make `from_pretrained` complain about unknown weights, so
+alignment comes from order alone: data starts at a multiple of 4096, and the tensors of a shard are sorted by the largest
+power of two that divides their size, largest first. Each then begins at a multiple of its own power (at most 4096).
+
+Everything is streamed: a bundle of 60 GB is written in a few hundred megabytes of memory.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modes_cli.artifacts.bundle import BundleFile
+from modes_cli.errors import UnknownLayout
+from modes_cli.export.safetensors_header import ITEM_SIZE, Entry, chunks
+from modes_cli.progress import Progress
+
+PAGE = 4096
+SHARD_BYTES = 4 << 30
+INDEX = "model.safetensors.index.json"
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+_EXPERTS = re.compile(r"^(?P<experts>.+\.experts)\.(?P<part>gate_up_proj|down_proj)$")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A source tensor, or one matrix of it: `rows` x `cols` at `offset` bytes, written transposed if `cols` > 0."""
+
+    entry: Entry
+    offset: int = 0
+    rows: int = 0
+    cols: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the bundle: the bytes of its segments, one after the other."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+def plan(
+    wanted: Mapping[str, tuple[int, ...]], source: Mapping[str, Entry], dtype: str, optional: frozenset[str] = frozenset()
+) -> list[Target]:
+    """How each tensor of the model is made from the checkpoint's.
+
+    Args:
+        wanted: shape of every tensor of the model in memory, by name.
+        source: the checkpoint's tensors, under the names the model has in memory.
+        dtype: float32, bfloat16 or float16: float32 matrices are narrowed to it; nothing is ever widened.
+        optional: names that may be absent because they are tied to another tensor.
+
+    Raises:
+        UnknownLayout: a tensor is absent, or has a shape that is neither the model's nor its transpose.
+    """
+    narrow = {"bfloat16": "BF16", "float16": "F16"}.get(dtype)
+    targets = []
+    for name, shape in wanted.items():
+        segments = _find(name, shape, source)
+        if segments is None:
+            if name in optional:
+                continue
+            raise UnknownLayout(
+                f"the checkpoint has no tensor `{name}` of shape {shape}", hint="this checkpoint's layout is not supported yet"
+            )
+        found = {segment.entry.dtype for segment in segments}
+        if len(found) != 1 or not found <= {"F32", "F16", "BF16"}:
+            raise UnknownLayout(
+                f"the checkpoint stores `{name}` as {', '.join(sorted(found))}; float32, bfloat16 and float16 are supported"
+            )
+        stored = found.pop()
+        # Vectors stay float32: they are small, and norms and router biases are where rounding hurts.
+        kept = stored if stored != "F32" or narrow is None or len(shape) < 2 else narrow
+        targets.append(Target(name, kept, shape, segments))
+    return targets
+
+
+def _find(name: str, shape: tuple[int, ...], source: Mapping[str, Entry]) -> tuple[Segment, ...] | None:
+    entry = source.get(name)
+    if entry is not None and entry.shape == shape:
+        return (Segment(entry),)
+    if entry is not None:
+        experts, rows, cols = (*entry.shape, 0, 0, 0)[:3]
+        if _EXPERTS.match(name) is None or len(entry.shape) != 3 or (experts, cols, rows) != shape:
+            raise UnknownLayout(
+                f"the checkpoint stores `{name}` as {entry.shape}, the model has {shape}",
+                hint="this checkpoint's layout is not supported yet",
+            )
+        size = rows * cols * ITEM_SIZE[entry.dtype]
+        return tuple(Segment(entry, expert * size, rows, cols) for expert in range(experts))
+    match = _EXPERTS.match(name)
+    return _one_by_one(match["experts"], match["part"], shape, source) if match else None
+
+
+def _one_by_one(experts: str, part: str, shape: tuple[int, ...], source: Mapping[str, Entry]) -> tuple[Segment, ...] | None:
+    """Checkpoints with `experts.N.gate_proj.weight` [I, H] and so on: rows of gate, then of up, then the next expert's."""
+    parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+    names = [f"{experts}.{expert}.{p}.weight" for expert in range(shape[0]) for p in parts]
+    if not all(n in source for n in names) or f"{experts}.{shape[0]}.{parts[0]}.weight" in source:
+        return None
+    each = (shape[1] // len(parts), shape[2])
+    for n in names:
+        if source[n].shape != each:
+            raise UnknownLayout(
+                f"the checkpoint stores `{n}` as {source[n].shape}; {each} was expected",
+                hint="this checkpoint's layout is not supported yet",
+            )
+    return tuple(Segment(source[n]) for n in names)
+
+
+def _bytes(target: Target) -> Iterator[bytes]:
+    for segment in target.segments:
+        pieces = _transposed(segment) if segment.cols else chunks(segment.entry)
+        for piece in pieces:
+            yield _narrowed(piece, target.dtype) if segment.entry.dtype != target.dtype else piece
+
+
+def _transposed(segment: Segment) -> Iterator[bytes]:
+    item = ITEM_SIZE[segment.entry.dtype]
+    length = segment.rows * segment.cols * item
+    one = Entry(segment.entry.file, segment.entry.name, segment.entry.dtype, (), segment.entry.start + segment.offset, length)
+    matrix = np.frombuffer(b"".join(chunks(one)), dtype=f"u{item}").reshape(segment.rows, segment.cols)
+    yield np.ascontiguousarray(matrix.T).tobytes()
+
+
+def _narrowed(piece: bytes, dtype: str) -> bytes:
+    wide = torch.frombuffer(bytearray(piece), dtype=torch.float32)
+    return wide.to(_NARROW[dtype]).view(torch.int16).numpy().tobytes()
+
+
+def alignment(size: int) -> int:
+    """The largest power of two, at most 4096, that divides a size."""
+    return min(size & -size, PAGE) if size else PAGE
+
+
+def shards(targets: list[Target], limit: int = SHARD_BYTES) -> list[list[Target]]:
+    """Tensors grouped into files in the model's order, so that a layer stays together; aligned order within a file."""
+    groups: list[list[Target]] = [[]]
+    size = 0
+    for target in targets:
+        if groups[-1] and size + target.bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(target)
+        size += target.bytes
+    return [sorted(group, key=lambda target: -alignment(target.bytes)) for group in groups]
+
+
+def header_bytes(targets: list[Target], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a header, filled up with spaces so that data begins at a multiple of 4096."""
+    tree: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for target in targets:
+        tree[target.name] = {
+            "dtype": target.dtype,
+            "shape": list(target.shape),
+            "data_offsets": [offset, offset + target.bytes],
+        }
+        offset += target.bytes
+    text = json.dumps(tree, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_weights(folder: Path, targets: list[Target], progress: Progress, limit: int = SHARD_BYTES) -> list[BundleFile]:
+    """Write all shards and their index into `folder`; digests are taken on the way.
+
+    Raises:
+        BadArtifact: a source file became shorter while it was read.
+        OSError: no space, no permission.
+    """
+    groups = shards(targets, limit)
+    progress.start("weights", len(targets))
+    written, weight_map = [], {}
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        digest, size = hashlib.sha256(), 0
+        with (folder / name).open("wb") as file:
+            head = header_bytes(group, {"format": "pt"})  # transformers refuses files without this mark
+            file.write(head)
+            digest.update(head)
+            size += len(head)
+            for target in group:
+                for piece in _bytes(target):
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+                weight_map[target.name] = name
+                progress.advance()
+        written.append(BundleFile(path=name, bytes=size, sha256=digest.hexdigest()))
+    index = {
+        "metadata": {"total_size": sum(target.bytes for target in targets)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    text = (json.dumps(index, indent=2) + "\n").encode()
+    (folder / INDEX).write_bytes(text)
+    written.append(BundleFile(path=INDEX, bytes=len(text), sha256=hashlib.sha256(text).hexdigest()))
+    return written
