@@ -54,7 +54,7 @@ class Staircase:
 
     def top(self, group: int) -> float:
         """A threshold that skips every pair of a group."""
-        return float(np.nextafter(np.float32(self._scale[:, group].max() * 1.001), np.float32(np.inf)))
+        return float(np.nextafter(np.float32(self._scale[:, group].max() * self._edges[-1]), np.float32(np.inf)))
 
     def tau_for(self, group: int, share: float) -> float:
         """The smallest threshold, as a float32, that skips at least `share` of a group's pairs."""

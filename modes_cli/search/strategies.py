@@ -86,8 +86,9 @@ def frontier(problem: Problem, grid: int, passes: int) -> None:
     """
     edge = _Edge(problem)
     budget = problem.objective.passes + passes
-    for position in (0.5,) if problem.one_threshold else (0.1, 0.3, 0.5, 0.7, 0.9):
-        edge.measure(position)
+    for position in (0.5,) if problem.one_threshold else (0.5, 0.1, 0.9, 0.3, 0.7):
+        if problem.objective.passes + 1 <= budget:
+            edge.measure(position)
     if not problem.one_threshold:
         while problem.objective.passes + 3 <= budget:
             if (place := edge.next_position()) is None:
@@ -143,8 +144,10 @@ class _Edge:
         known = sorted(self.points)
         best = min(known, key=self._damage)
         at = known.index(best)
-        left = known[at - 1] if at > 0 else 0.0
-        right = known[at + 1] if at + 1 < len(known) else 1.0
+        if at == 0 and best > 0.0 or at + 1 == len(known) and best < 1.0:
+            return float(at > 0)  # the end of the edge itself
+        left = known[at - 1] if at > 0 else best
+        right = known[at + 1] if at + 1 < len(known) else best
         if max(best - left, right - best) < 0.01:
             return None
         guess = self._parabola(left, best, right) if at > 0 and at + 1 < len(known) else None
@@ -166,8 +169,10 @@ class _Edge:
         while not target <= self.points[position].skip_ratio <= target + TOLERANCE:
             if self.problem.objective.passes + 1 > budget:
                 return False
-            short = self.points[position].skip_ratio < target
+            short, spent = self.points[position].skip_ratio < target, self.problem.objective.passes
             self.measure(position, extra)
+            if self.problem.objective.passes == spent:  # the same thresholds again: nothing new will come of it
+                return False
             extra += 0.001 if short else 0.0
         return True
 

@@ -1,0 +1,57 @@
+"""What `modes bench` writes; the times themselves belong to benchmarks."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from modes_cli.artifacts.bench import Machine
+from modes_cli.benchmark import bench
+from modes_cli.benchmark.cost import Cost
+from modes_cli.data.sample import DataSpec
+from modes_cli.errors import MissingArtifact
+from modes_cli.requests import BenchRequest
+from tests.pipeline import prepared_run
+
+MACHINE = Machine(cpu="x", threads=1, device="cpu", peak_flops=1e9, read_bandwidth=1e9)
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, one_thread: None) -> Path:
+    return Path(shutil.copytree(prepared_run(tmp_path_factory.getbasetemp())[1], tmp_path / "run"))
+
+
+def test_every_runtime_in_both_phases_full_and_skipped(run: Path) -> None:
+    artifact = bench(BenchRequest(DataSpec("digits", "test", 2), run, batches=(1, 2), repeats=2)).artifact
+
+    seen = {(case.phase, case.batch, case.runtime) for case in artifact.cases}
+    runtimes = ("transformers", "transformers+modes", "onnxruntime", "onnxruntime+modes")
+    assert seen == {(phase, batch, name) for phase in ("prefill", "decode") for batch in (1, 2) for name in runtimes}
+    for case in artifact.cases:
+        assert case.seconds > 0
+        assert case.limit_fraction > 0
+        assert (case.skip_ratio > 0) == case.runtime.endswith("+modes")
+        if case.runtime == "transformers":
+            assert case.speedup == 1.0
+    both = {case.phase: case.skip_ratio for case in artifact.cases if case.runtime == "transformers+modes" and case.batch == 1}
+    ort = {case.phase: case.skip_ratio for case in artifact.cases if case.runtime == "onnxruntime+modes" and case.batch == 1}
+    assert both == pytest.approx(ort, abs=0.02)
+
+
+def test_needs_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(MissingArtifact, match=r"bundle\.json"):
+        bench(BenchRequest(DataSpec("digits", "test", 2), tmp_path))
+
+
+def test_the_limit_is_arithmetic_or_reading_whichever_is_longer() -> None:
+    cost = Cost(dense=1000, expert=100, experts=8, layers=2, top_k=2, bytes_per_parameter=4)
+    one = cost.limit(1, 0.0, MACHINE)
+    hit = 8 * (1 - (7 / 8) ** 2)  # distinct experts of two random pairs
+    assert one == pytest.approx(4 * (1000 + 2 * hit * 100) / 1e9)
+    many = cost.limit(10_000, 0.0, MACHINE)
+    assert many == pytest.approx(2 * (10_000 * 1000 + 2 * 20_000 * 100) / 1e9)
+    assert cost.limit(1, 1.0, MACHINE) == pytest.approx(4 * 1000 / 1e9)
+    assert math.isclose(cost.limit(10_000, 0.5, MACHINE), 2 * (10_000 * 1000 + 2 * 10_000 * 100) / 1e9)
