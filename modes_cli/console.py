@@ -45,6 +45,10 @@ class Lines:
     def advance(self, pieces: int = 1) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        sys.stderr.write(failures.printable(text) + "\n")
+        sys.stderr.flush()
+
 
 class Session:
     """One run of one command: its progress, its notes and its single result."""

@@ -3,17 +3,24 @@
 `kind` is what `--json` reports; it is the class name in snake case. Messages carry the offending value in backticks.
 """
 
+import errno
 import re
+
+_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
 
 
 class ModesError(Exception):
-    """Base class. `exit_code` is what the process returns, `hint` what the user can do next."""
+    """Base class. `exit_code` is what the process returns, `hint` what the user can do next.
+
+    `usual_hint` stands in where whoever raises the error knows nothing better.
+    """
 
     exit_code = 1
+    usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
     @property
     def kind(self) -> str:
@@ -23,17 +30,25 @@ class ModesError(Exception):
 class BadModel(ModesError):
     """The checkpoint cannot be found, read or used: no MoE layers, text only, not a model."""
 
+    usual_hint = "fetch it again, or give another checkpoint"
+
 
 class UnknownLayout(ModesError):
     """The experts of a model have a class or shapes that are not understood. We never guess."""
+
+    usual_hint = "this family is not supported yet"
 
 
 class BadData(ModesError):
     """Samples are missing, unreadable or of the wrong form."""
 
+    usual_hint = "correct the data, or choose other data with `--data`"
+
 
 class BadOption(ModesError):
     """An option's value makes no sense here; the usage is right, the value is not."""
+
+    usual_hint = "`--help` says what each option takes"
 
 
 class UnreachableTarget(ModesError):
@@ -86,3 +101,13 @@ class KernelError(ModesError):
     """The operator library is missing, or refused its arguments."""
 
     exit_code = 2
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an exception of any library means that memory ran out; nobody should report that as something else."""
+    # torch raises RuntimeError on the CPU and its own OutOfMemoryError on CUDA; neither is a MemoryError
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)

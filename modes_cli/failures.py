@@ -2,19 +2,19 @@
 
 import errno
 import json
+import re
 import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from modes_cli.errors import ModesError
+from modes_cli.errors import ModesError, is_memory
 
 USAGE = 2
 INTERRUPTED = 130
 LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
 
 _CONTINUES = "what was finished is valid: the same command continues"
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate memory")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def describe(error: BaseException) -> Failure:
         return Failure(error.kind, str(error), error.hint, error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted", "interrupted", _CONTINUES, INTERRUPTED)
-    if _is_memory(error):
+    if is_memory(error):
         hint = f"use a smaller `--batch-size`, fewer `--samples` or `--dtype bfloat16`; {_CONTINUES}"
         return Failure("out_of_memory", f"out of memory: {_first_line(error)}", hint, 1)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" writing `{error.filename}`" if error.filename else ""
         return Failure("disk_full", f"no space left on the disk{where}", f"free some space; {_CONTINUES}", 1)
     message = f"unexpected {type(error).__name__}: {_first_line(error)}"
@@ -47,7 +47,8 @@ def describe(error: BaseException) -> Failure:
 
 
 def usage(message: str, command: str) -> Failure:
-    """A command line that does not parse."""
+    """A command line that does not parse. Typer quotes values; here they stand in backticks, as everywhere."""
+    message = re.sub(r"'([^']*)'", r"`\1`", message.replace("Value error, ", ""))
     return Failure("usage", message, f"`{command} --help` lists what there is", USAGE)
 
 
@@ -62,20 +63,18 @@ def report(
     """
     if error is not None:
         traceback.print_exception(error, file=sys.stderr)
-    sys.stderr.write(f"error: {failure.message}\n")
+    sys.stderr.write(f"error: {printable(failure.message)}\n")
     if failure.hint:
-        sys.stderr.write(f"hint: {failure.hint}\n")
+        sys.stderr.write(f"hint: {printable(failure.hint)}\n")
     sys.stderr.flush()
     if out is not None:
         out.write(json.dumps({**(result or {}), **failure.as_object()}) + "\n")
         out.flush()
 
 
-def _is_memory(error: BaseException) -> bool:
-    # torch raises RuntimeError on the CPU and its own OutOfMemoryError on CUDA; neither is a MemoryError
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+def printable(text: str) -> str:
+    """One line that does nothing to a terminal: messages quote names from files that anybody may have written."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,14 +1,18 @@
 """Writing so that a reader never sees half a file, and digests.
 
 Everything is written to a temporary name in the same folder, synced, renamed, and the folder synced. Killed at any
-moment, the old content or the new one stands under the final name.
+moment, the old content or the new one stands under the final name. What a killed process leaves behind has its process
+id in its name, and is removed by the next one that writes under the same final name.
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +20,7 @@ from typing import IO, Any
 from modes_cli.errors import BadArtifact, WriteFailed
 
 CHUNK = 1 << 20
+_AT_FDCWD, _EXCHANGE = -100, 2  # of renameat2, Linux
 
 
 def sha256(path: Path) -> str:
@@ -33,6 +38,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, for good, if it is there."""
+    with failing_clearly(path):
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """An open file that takes the name `path` when the block ends well, and vanishes when it does not.
@@ -43,6 +56,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with failing_clearly(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         try:
             with temporary.open("wb") as file:
                 yield file
@@ -56,8 +70,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a fresh folder beside `path`, then give it the name `path`."""
-    temporary, old = path.with_name(f".{path.name}.{os.getpid()}.part"), path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with failing_clearly(path):
+        remove_leftovers(path)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -67,13 +82,54 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
             sync_folder(temporary)
-            if path.exists():
-                os.rename(path, old)
-            os.rename(temporary, path)
+            _rename_folder(temporary, path)
             sync_folder(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # what was replaced, if anything
+
+
+def _rename_folder(new: Path, path: Path) -> None:
+    """Give `new` the name `path`. A folder that has this name takes the name `new`, in the same instant where possible."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or a C library without it
+        exchange = None
+    if exchange is not None and exchange(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _EXCHANGE) == 0:
+        return
+    old = new.with_suffix(".old")  # a file system that cannot exchange: for a moment there is no `path`
+    os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that no longer run left behind while they were writing `path`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(part|old)")
+    for leftover in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = name.fullmatch(leftover.name)
+        if match is None or _runs(int(match[1])):
+            continue
+        if match[2] == "old" and not path.exists():  # killed between two renames: this is the last whole one
+            os.rename(leftover, path)
+        elif leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False  # nothing of ours is under way when this is asked: an earlier process had the same number
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it runs and is somebody else's
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -88,16 +144,14 @@ def sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def failing_clearly(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into WriteFailed."""
-    hints = {
-        errno.ENOSPC: "free some space",
-        errno.EACCES: "choose a folder you may write to",
-        errno.EROFS: "choose a folder you may write to",
-    }
+    space, allowed = "free some space", "choose a folder you may write to"
+    hints = {errno.ENOSPC: space, errno.EDQUOT: space, errno.EACCES: allowed, errno.EPERM: allowed, errno.EROFS: allowed}
+    others = (errno.EFBIG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            hint = hints.get(error.errno, "choose another folder")
+        if error.errno in hints or error.errno in others:
+            hint = hints.get(error.errno or 0, "choose another folder")
             raise WriteFailed(f"cannot write `{path}`: {error.strerror}", hint=f"{hint}; the same command continues") from error
         raise
 
@@ -106,13 +160,17 @@ def read_text(path: Path, limit: int) -> str:
     """The text of a file, refusing one larger than `limit` bytes before it is read.
 
     Raises:
-        BadArtifact: too large, or not UTF-8.
+        BadArtifact: not a regular file, unreadable, too large, or not UTF-8.
     """
-    size = path.stat().st_size
-    if size > limit:
-        raise BadArtifact(str(path), f"size {size} bytes", f"more than the {limit} a file of this kind can have")
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait
+            raise BadArtifact(str(path), "file", "not a regular file")
+        if status.st_size > limit:
+            raise BadArtifact(str(path), f"size {status.st_size} bytes", f"more than the {limit} a file of this kind can have")
         return path.read_text("utf-8")
+    except OSError as error:
+        raise BadArtifact(str(path), "file", error.strerror or "cannot be read") from error
     except UnicodeDecodeError as error:
         raise BadArtifact(str(path), f"byte {error.start}", "not UTF-8") from error
 

@@ -14,6 +14,10 @@ class Progress(Protocol):
         """That many pieces are done."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something that the user should know although it stops nothing."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -22,4 +26,7 @@ class Silent:
         pass
 
     def advance(self, pieces: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass

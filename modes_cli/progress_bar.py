@@ -6,6 +6,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from modes_cli.failures import printable
+
 
 class Bar:
     """The current stage as a bar on stderr; it disappears when the command is done."""
@@ -31,6 +33,9 @@ class Bar:
     def advance(self, pieces: int = 1) -> None:
         if self._task is not None:
             self._progress.advance(self._task, pieces)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -1,7 +1,9 @@
 """Where artifacts live. Reads validate before anything is used; writes are all or nothing."""
 
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from modes_cli.errors import BadArtifact, MissingArtifact, StaleArtifact
 
 JSON_LIMIT = 64 << 20  # bytes; the largest artifact of a 1,000-layer model is far below
 DEFAULT = "modes-run"
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 A = TypeVar("A", bound=Artifact)
 S = TypeVar("S", bound=Strict)
@@ -33,6 +36,8 @@ def read_json(path: Path, model: type[S]) -> S:
         raise BadArtifact(str(path), "nesting", "too deep") from error
     except ValueError as error:
         raise BadArtifact(str(path), "number", str(error)) from error
+    if "\\u" in text and (half := _HALF_A_CHARACTER.search(json.dumps(tree, ensure_ascii=False))):
+        raise BadArtifact(str(path), "text", f"`{ascii(half[0])[1:-1]}` is half a character")
     try:
         return model.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -65,9 +70,13 @@ class RunFolder:
             BadArtifact: the file does not hold what it must.
         """
         path = self.file(kind.FILE)
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             raise MissingArtifact(str(path), renew or self.renew(kind))
-        return read_json(path, kind)
+        try:
+            return read_json(path, kind)
+        except BadArtifact as error:
+            error.hint = f"make it again: `{self.renew(kind)} --fresh`"
+            raise
 
     def read_if_same(self, kind: type[A], identity: dict[str, Any], *, renew: str) -> A | None:
         """The artifact if it is there and was made from exactly `identity`; None if it is not there.
@@ -103,25 +112,30 @@ class RunFolder:
         files.write_bytes(path, files.canonical_json(artifact.model_dump(mode="json")).encode())
         return path
 
-    def write_tensors(self, name: str, data: bytes) -> TensorFile:
-        """Write a safetensors file that an artifact will name. Write it before the artifact: JSON is the commit."""
-        path = self.file(name)
-        files.write_bytes(path, data)
-        return TensorFile(file=name, sha256=files.sha256(path), bytes=len(data))
+    def write_tensors(self, name: str, data: bytes, kind: type[Artifact]) -> TensorFile:
+        """Write the safetensors file of an artifact. Write it before the artifact: JSON is the commit.
 
-    def check_tensors(self, ref: TensorFile) -> Path:
-        """The path of a tensor file after comparing size and digest.
+        An artifact of that kind that is there goes first: killed after this, it would name tensors that are no more.
+        """
+        path = self.file(name)
+        digest = hashlib.sha256(data).hexdigest()
+        if path.exists() and files.sha256(path) != digest:
+            files.remove(self.file(kind.FILE))
+        files.write_bytes(path, data)
+        return TensorFile(file=name, sha256=digest, bytes=len(data))
+
+    def check_tensors(self, ref: TensorFile, kind: type[Artifact]) -> Path:
+        """The path of an artifact's tensor file after comparing size and digest.
 
         Raises:
             BadArtifact: missing, truncated or altered.
         """
         path = self.file(ref.file)
-        if not path.exists():
-            raise BadArtifact(
-                str(path), "file", "missing", hint="make it again with the command that wrote the artifact beside it"
-            )
+        again = f"make it again: `{self.renew(kind)} --fresh`"
+        if not path.is_file():
+            raise BadArtifact(str(path), "file", "not a file" if path.exists() else "missing", hint=again)
         if path.stat().st_size != ref.bytes:
-            raise BadArtifact(str(path), f"size {path.stat().st_size} bytes", f"should be {ref.bytes}")
+            raise BadArtifact(str(path), f"size {path.stat().st_size} bytes", f"should be {ref.bytes}", hint=again)
         if files.sha256(path) != ref.sha256:
-            raise BadArtifact(str(path), "SHA-256", "differs from what was written")
+            raise BadArtifact(str(path), "SHA-256", "differs from what was written", hint=again)
         return path

@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--flat", type=float, default=0.003, help="weight of the loss that keeps a token's top-8 weights comparable")
     p.add_argument("--drop", type=float, default=0.1, help="share of rows that lose the first layer's routed experts")
     p.add_argument("--second-stage", type=int, default=21_600, help="canvases after which the summary heads join")
+    p.add_argument("--polish", type=int, default=12_000, help="canvases of the third stage")
     p.add_argument("--start", type=Path, help="a checkpoint of this script at the end of its first stage, to go on from")
     p.add_argument("--every", type=int, default=100, help="steps between progress lines")
     p.add_argument("--threads", type=int, default=1)
@@ -169,16 +170,25 @@ def main() -> None:
         accuracy = before["log"][-1]["validation"]
         weights = {k: 0.4 + 2.5 * (1 - accuracy[k]) for k in digits_vqa.KINDS}
         next_probe += seen
-    while seen < args.images:
-        if seen >= args.second_stage and not second_stage:
+    third_stage = False
+    while seen < args.images + args.polish:
+        if seen >= args.images and not third_stage:
+            # A short polish of what is still the weakest, with flatter top-8 weights.
+            third_stage, stage_step, rng = True, 0, Random(args.seed + 2)
+            optimizer = make_optimizer(model, heads, args.lr)
+            weights = {k: 0.2 + 8 * (1 - log[-1]["validation"][k]) for k in digits_vqa.KINDS}
+        if args.second_stage <= seen < args.images and not second_stage:
             # By now cells are read but not yet searched; the summary heads teach that, with a fresh optimiser.
             second_stage, stage_step, rng = True, 0, Random(args.seed + 1)
             heads = TrainingHeads()
             optimizer = make_optimizer(model, heads, args.lr)
         progress = seen / args.images
-        size = 8 if progress < 0.4 else 16 if progress < 0.75 else 32
+        size = 8 if progress < 0.4 else 16 if progress < 0.75 or third_stage else 32
         for group in optimizer.param_groups:  # warm up, hold, fall linearly over the last 55%
-            group["lr"] = args.lr * min(1, (stage_step + 1) / 300) * (0.02 + 0.98 * min(1, (1 - progress) / 0.55))
+            group["lr"] = args.lr * min(1, (stage_step + 1) / 300) * (0.02 + 0.98 * min(1, max(0, 1 - progress) / 0.55))
+            if third_stage:
+                left = 1 - (seen - args.images) / args.polish
+                group["lr"] = 0.4 * args.lr * min(1, (stage_step + 1) / 100) * left
         scenes = [digits_vqa.draw_scene(bank, rng) for _ in range(size)]
         batch = packer.pack(question_batch(scenes, args.questions, weights, rng))
         for experts in experts_of(model):
@@ -187,7 +197,7 @@ def main() -> None:
         answer = batch.labels[:, 1:] != -100
         loss = F.cross_entropy(model.lm_head(out.last_hidden_state[:, :-1][answer]), batch.labels[:, 1:][answer])
         balance, flat = router_losses(out.router_logits, batch.real.reshape(-1))
-        total = loss + args.balance * balance + args.flat * flat
+        total = loss + args.balance * balance + (10 * args.flat if third_stage else args.flat) * flat
         start = packer.first_vision
         if progress < 0.7:
             vision = seen_hidden[DENSE_LAYER][:, start : start + VISION_TOKENS]
@@ -207,7 +217,7 @@ def main() -> None:
         if seen >= next_probe:
             next_probe += args.images // PROBES
             accuracy = probe(model, packer, "validation", 440, 77)
-            if accuracy["all"] > 0.3:  # from here on, ask more of what is not known yet
+            if accuracy["all"] > 0.3 and not third_stage:  # from here on, ask more of what is not known yet
                 weights = {k: 0.4 + 2.5 * (1 - accuracy[k]) for k in digits_vqa.KINDS}
             entry = {
                 "step": step,

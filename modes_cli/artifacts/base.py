@@ -74,8 +74,11 @@ def flatten(model: ModelInfo, data: DataInfo, versions: Versions, options: Mappi
 
 
 def first_difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first field that differs between two identities: name, found, expected. A missing field is a difference."""
-    for field in sorted(found.keys() | expected.keys()):
+    """The first field that differs between two identities: name, found, expected. A missing field is a difference.
+
+    Digests come last: a seed that explains why one differs says more.
+    """
+    for field in sorted(found.keys() | expected.keys(), key=lambda field: (field.endswith(".digest"), field)):
         missing = "(missing)"
         if found.get(field, missing) != expected.get(field, missing):
             return field, found.get(field, missing), expected.get(field, missing)
@@ -83,8 +86,8 @@ def first_difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[s
 
 
 class TensorFile(Strict):
-    """A safetensors file beside a JSON artifact."""
+    """A safetensors file beside a JSON artifact: a plain name, never a path to somewhere else."""
 
-    file: str
+    file: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")
     sha256: Sha256
     bytes: Positive

@@ -5,7 +5,7 @@ from itertools import islice
 
 import torch
 
-from modes_cli.artifacts import Bench, Bundle, Calibration
+from modes_cli.artifacts import Bench, Bundle
 from modes_cli.artifacts.bench import Case
 from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.benchmark.cases import REFERENCE, Timed, ort_cases, torch_cases
@@ -21,6 +21,7 @@ from modes_cli.run_folder import RunFolder, read_json
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.runtime.torch_model import open_model
 from modes_cli.search.calibrated import model_spec
+from modes_cli.search.selection import found_in
 
 
 def bench(request: BenchRequest) -> Outcome[Bench]:
@@ -34,8 +35,8 @@ def bench(request: BenchRequest) -> Outcome[Bench]:
     if not (folder / BUNDLE_FILE).is_file():
         raise MissingArtifact(str(folder / BUNDLE_FILE), f"modes export{run.option}")
     bundle = read_json(folder / BUNDLE_FILE, Bundle)
-    calibration = run.read(Calibration)
-    source = open_source(request.data)
+    _, calibration = found_in(run)
+    source = open_source(request.data, progress=request.progress)
     runtime = open_model(model_spec(calibration, "auto", False), run.path, request.target)
     ort = OrtModel(folder, threads=torch.get_num_threads())
     machine = measure_machine(runtime.loaded.device)

@@ -31,7 +31,7 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
         StaleArtifact: the run folder holds a calibration made from something else, and `fresh` was not asked for.
     """
     run = RunFolder(request.run)
-    source = open_source(request.data, text_only=request.model.text_only)
+    source = open_source(request.data, text_only=request.model.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
         "batch_size": request.batch_size,
         "text_only": request.model.text_only,
@@ -43,7 +43,8 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
     if not request.fresh:
         kept = run.read_if_same(Calibration, expected.flat, renew=expected.renew("calibrate", run))
         if kept is not None:
-            run.check_tensors(kept.tensors)
+            run.check_tensors(kept.tensors, Calibration)
+            Unfinished(run.file(UNFINISHED), expected.flat).remove()
             return Outcome(kept, run.file(Calibration.FILE), reused=True)
     loaded = load(request.model)
     measured, unfinished = _Measurement(loaded), Unfinished(run.file(UNFINISHED), expected.flat)
@@ -62,7 +63,7 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
     finally:
         engine.remove()
     forwards = measured.layers_run / replay.layers
-    tensors = run.write_tensors(TENSORS, measured.tensors())
+    tensors = run.write_tensors(TENSORS, measured.tensors(), Calibration)
     naive = (1 + len(COLUMNS) * len(loaded.blocks)) * measured.batches
     artifact = Calibration(
         model=loaded.info,

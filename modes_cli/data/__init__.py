@@ -12,6 +12,7 @@ from typing import Literal, Protocol, cast
 from modes_cli.data.images import check_image_file
 from modes_cli.data.sample import DataSpec, Sample, SampleSource
 from modes_cli.errors import BadData, BadOption
+from modes_cli.progress import Progress
 
 __all__ = ["DataSpec", "Sample", "SampleSource", "Use", "batches", "check_image_file", "default_split", "open_source"]
 
@@ -28,10 +29,11 @@ class _SourceModule(Protocol):
     def open_samples(self, spec: DataSpec, *, text_only: bool) -> SampleSource: ...
 
 
-def open_source(spec: DataSpec, *, text_only: bool = False) -> SampleSource:
+def open_source(spec: DataSpec, *, text_only: bool = False, progress: Progress | None = None) -> SampleSource:
     """Find, read and check the samples that `spec` asks for. Everything is read once here; iterating decodes again.
 
     `spec.split` None means the default for calibration. With `text_only` no image is read and samples have none.
+    Samples that are left out because they are unusable are named through `progress`.
 
     Raises:
         BadOption: an option that makes no sense for this source, or a count below one.
@@ -43,7 +45,11 @@ def open_source(spec: DataSpec, *, text_only: bool = False) -> SampleSource:
         raise BadOption(f"`--seed {spec.seed}` is negative", hint="use 0 or a positive number")
     if text_only and spec.image_column is not None:
         raise BadOption(f"`--image-column {spec.image_column}` and `--text-only` contradict each other", hint="leave one out")
-    return _module_of(spec.source).open_samples(spec, text_only=text_only)
+    source = _module_of(spec.source).open_samples(spec, text_only=text_only)
+    if progress is not None:
+        for reason in source.bad:
+            progress.note(f"left out {reason}")
+    return source
 
 
 def default_split(source: str, use: Use) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from modes_cli import files
-from modes_cli.artifacts import Bundle, Calibration, Evaluation, Thresholds
+from modes_cli.artifacts import Bundle, Evaluation, Thresholds
 from modes_cli.artifacts.base import ModelInfo, flatten
 from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.artifacts.evaluation import ChangedAnswer, TaskAccuracy
@@ -21,7 +21,7 @@ from modes_cli.requests import EvaluateRequest, Outcome
 from modes_cli.run_folder import RunFolder, read_json
 from modes_cli.runtime.answers import Answers
 from modes_cli.search.calibrated import model_spec
-from modes_cli.search.selection import select
+from modes_cli.search.selection import found_in, select
 from modes_cli.skipping.statistics import PairCounts
 
 CHANGED_KEPT = 24  # questions whose answer changed that the artifact remembers
@@ -52,7 +52,7 @@ def evaluate(request: EvaluateRequest) -> Outcome[Evaluation]:
     """
     run = RunFolder(request.run)
     subject = _bundle(request, request.bundle) if request.bundle else _run(request, run)
-    source = open_source(request.data, text_only=subject.text_only)
+    source = open_source(request.data, text_only=subject.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
         "runtime": subject.runtime,
         "target": subject.target,
@@ -101,7 +101,7 @@ def evaluate(request: EvaluateRequest) -> Outcome[Evaluation]:
 
 
 def _run(request: EvaluateRequest, run: RunFolder) -> _Subject:
-    calibration, thresholds = run.read(Calibration), run.read(Thresholds)
+    thresholds, calibration = found_in(run)
     result = select(thresholds, request.target)
     spec = model_spec(calibration, request.device, request.trust_remote_code)
 

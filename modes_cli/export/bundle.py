@@ -29,7 +29,8 @@ from modes_cli.requests import Exported, ExportRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.calibrated import model_spec, require_current
 from modes_cli.search.selection import select
-from modes_cli.skipping.policy import Rule, from_result
+from modes_cli.skipping.policy import Rule
+from modes_cli.skipping.registry import from_result
 
 SLACK = 64 << 20  # bytes for graphs, library and tokenizer
 

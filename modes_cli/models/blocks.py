@@ -98,16 +98,15 @@ def _describe(path: str, layer: int, experts: nn.Module, top_k: int) -> MoEBlock
             hint="this family is not supported yet",
         )
     arguments = [p for p in inspect.signature(type(experts).forward).parameters if p != "self"]
+    label += f" has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}"
     if len(arguments) != 3:
-        raise UnknownLayout(f"{label} takes ({', '.join(arguments)}); needed is (hidden, top_k_index, top_k_weights)")
+        raise UnknownLayout(f"{label} and takes ({', '.join(arguments)}); needed is (hidden, top_k_index, top_k_weights)")
     transposed = bool(getattr(experts, "is_transposed", False))
     num_experts = gate_up.shape[0]
     hidden, double = (gate_up.shape[1], gate_up.shape[2]) if transposed else (gate_up.shape[2], gate_up.shape[1])
     expected = (num_experts, double // 2, hidden) if transposed else (num_experts, hidden, double // 2)
     if double % 2 or tuple(down.shape) != expected:
-        raise UnknownLayout(
-            f"{label} has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}, which do not fit together"
-        )
+        raise UnknownLayout(f"{label}, which do not fit together")
     # Whether gate and up rows alternate is not visible in a shape; transformers says it on the class.
     interleaved = not bool(getattr(experts, "is_concatenated", True))
     has_bias = bool(getattr(experts, "has_bias", getattr(experts, "gate_up_proj_bias", None) is not None))
@@ -134,5 +133,5 @@ def _activation(experts: nn.Module, label: str) -> str:
     name = type(act).__name__
     known = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "GELUTanhActivation": "gelu_tanh"}
     if name not in known:
-        raise UnknownLayout(f"{label} uses activation `{name}`; known are {', '.join(sorted(set(known)))}")
+        raise UnknownLayout(f"{label} and uses activation `{name}`; known are {', '.join(sorted(set(known)))}")
     return known[name]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from modes_cli import __version__
 from modes_cli.artifacts.base import Dtype, ModelInfo, Versions
-from modes_cli.errors import BadModel, BadOption
+from modes_cli.errors import BadModel, BadOption, is_memory
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
 from modes_cli.models.checkpoint import checkpoint_digest, checkpoint_folder, read_config
 from modes_cli.models.groups import TokenGroups, token_groups
@@ -119,6 +119,8 @@ def load(spec: ModelSpec) -> Loaded:
             output_loading_info=True,
         )
     except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if is_memory(error):
+            raise
         raise BadModel(
             f"`{spec.id}` cannot be loaded: {str(error).strip().splitlines()[0]}", hint="is the checkpoint complete?"
         ) from error

@@ -30,7 +30,7 @@ def profile_model(request: ProfileRequest) -> Outcome[Profile]:
         StaleArtifact: the run folder holds a profile made from something else.
     """
     run = RunFolder(request.run)
-    source = open_source(request.data, text_only=request.model.text_only)
+    source = open_source(request.data, text_only=request.model.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
         "batch_size": request.batch_size,
         "text_only": request.model.text_only,

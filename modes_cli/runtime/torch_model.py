@@ -26,7 +26,8 @@ from modes_cli.runtime.answers import Answers
 from modes_cli.search.calibrated import require_current
 from modes_cli.search.selection import select
 from modes_cli.skipping.engine import SkipEngine
-from modes_cli.skipping.policy import Rule, from_result, tau_vector
+from modes_cli.skipping.policy import Rule, tau_vector
+from modes_cli.skipping.registry import from_result
 from modes_cli.skipping.statistics import PHASES, PairCounts
 
 

@@ -2,7 +2,8 @@
 
 Candidates are alpha ** power * pi for a few powers, alpha per layer or per layer and modality; power 1 is the paper's
 rule. Each is tried at a few places of its own frontier on a part of the calibration set; the best goes on to the full
-search. `auto` ends with the paper's rule whenever that measures best.
+search. `auto` ends with the paper's rule whenever that measures best. Trials take half of the passes at most: fewer places
+are tried where the set is so small that a part of it is much of it, and the paper's rule is taken where one is too many.
 """
 
 import math
@@ -16,7 +17,8 @@ from modes_cli.models.groups import SKIPPABLE
 from modes_cli.search.objective import Objective, Point
 from modes_cli.search.staircase import Staircase
 from modes_cli.search.strategies import Problem, edge_point
-from modes_cli.skipping.policy import Policy, Rule, policy
+from modes_cli.skipping.policy import Policy, Rule
+from modes_cli.skipping.registry import policy
 
 AUTO = "auto"
 _TRIED: tuple[tuple[str, dict[str, float]], ...] = (
@@ -27,7 +29,7 @@ _TRIED: tuple[tuple[str, dict[str, float]], ...] = (
     ("dmt", {}),
 )
 TRIAL_SHARE = 0.25  # of the calibration set
-TRIAL_POSITIONS = (0.3, 0.7)
+TRIAL_POSITIONS = ((0.3, 0.7), (0.5,))
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,20 @@ def choose(
 ) -> tuple[Candidate, Point | None, list[Point]]:
     """The winning candidate, its best point, and every point that was measured on the whole set."""
     spent = objective.passes
-    winner = options[0] if len(options) == 1 else min(options, key=lambda c: _trial(c, objective, target))
+    winner = _winner(options, objective, target, passes)
     problem = Problem(winner.rule, winner.staircase, target, winner.policy.one_threshold, objective)
     strategy(problem, grid, passes - math.ceil(objective.passes - spent))
     return winner, problem.best(), problem.measured
 
 
-def _trial(candidate: Candidate, objective: Objective, target: float) -> float:
+def _winner(options: list[Candidate], objective: Objective, target: float, passes: int) -> Candidate:
+    each = objective.part(TRIAL_SHARE)
+    affordable = [positions for positions in TRIAL_POSITIONS if each * len(positions) * len(options) <= passes / 2]
+    if len(options) == 1 or not affordable:
+        return options[0]
+    return min(options, key=lambda candidate: _trial(candidate, objective, target, affordable[0]))
+
+
+def _trial(candidate: Candidate, objective: Objective, target: float, positions: tuple[float, ...]) -> float:
     problem = Problem(candidate.rule, candidate.staircase, target, candidate.policy.one_threshold, objective)
-    return min(edge_point(problem, position, TRIAL_SHARE).kl for position in TRIAL_POSITIONS)
+    return min(edge_point(problem, position, TRIAL_SHARE).kl for position in positions)

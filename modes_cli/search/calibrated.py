@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,8 @@ from modes_cli.run_folder import RunFolder
 from modes_cli.search.objective import Objective
 from modes_cli.skipping.engine import SkipEngine
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -36,8 +39,16 @@ class Calibrated:
 def model_spec(calibration: Calibration, device: str, trust_remote_code: bool) -> ModelSpec:
     """The checkpoint that a calibration was made of, to be loaded the same way."""
     model = calibration.model
-    text_only = bool(calibration.options["text_only"])
+    text_only = option(calibration, "text_only", bool)
     return ModelSpec(model.id, model.revision, model.dtype, device, trust_remote_code, text_only)
+
+
+def option(calibration: Calibration, name: str, kind: type[T]) -> T:
+    """An option that the calibration was made with. Raises BadArtifact if it is not there, or of another type."""
+    value = calibration.options.get(name)
+    if type(value) is not kind:
+        raise BadArtifact(Calibration.FILE, f"field `options.{name}`", f"is `{value!r}`, should be of type {kind.__name__}")
+    return value
 
 
 def require_current(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> None:
@@ -57,7 +68,7 @@ def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Itera
     """
     require_current(run, calibration, spec)
     counts, reference = _tensors(run, calibration)
-    data = calibration.data
+    data, size = calibration.data, max(1, option(calibration, "batch_size", int))
     source = open_source(
         DataSpec(data.source, data.split, data.samples, data.seed, **_columns(calibration)), text_only=spec.text_only
     )
@@ -65,8 +76,16 @@ def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Itera
     expected = {**calibration.identity(), "data.digest": data_info(source).digest}
     run.require_same(Calibration, calibration.identity(), expected, renew=renew)
     loaded = load(spec)
-    size = int(calibration.options["batch_size"] or 1)
+    layers = [str(block.layer) for block in loaded.blocks]
+    if list(calibration.importance) != layers:
+        raise BadArtifact(str(run.file(Calibration.FILE)), "field `importance`", f"is not about layers {', '.join(layers)}")
     prepared = [measuring_batch(loaded, samples).to(torch.device("cpu")) for samples in batches(source, size)]
+    head = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    width = reference.shape[1] if head is None else head.weight.shape[0]
+    wanted = (sum(int(batch.answer.sum()) for batch in prepared), width)
+    if tuple(reference.shape) != wanted:
+        where = str(run.file(calibration.tensors.file))
+        raise BadArtifact(where, "tensor `reference_log_probabilities`", f"is {tuple(reference.shape)}, should be {wanted}")
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     try:
         yield Calibrated(Objective(loaded, engine, prepared, reference), counts)
@@ -76,11 +95,11 @@ def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Itera
 
 def _columns(calibration: Calibration) -> dict[str, str | None]:
     names = ("image_column", "question_column", "answer_column")
-    return {name: None if calibration.options[name] is None else str(calibration.options[name]) for name in names}
+    return {name: None if calibration.options.get(name) is None else option(calibration, name, str) for name in names}
 
 
 def _tensors(run: RunFolder, calibration: Calibration) -> tuple[Tensor, Tensor]:
-    path = run.check_tensors(calibration.tensors)
+    path = run.check_tensors(calibration.tensors, Calibration)
     try:
         tensors = load_file(path)
         counts, reference = tensors["score_histogram"], tensors["reference_log_probabilities"]
@@ -93,8 +112,14 @@ def _tensors(run: RunFolder, calibration: Calibration) -> tuple[Tensor, Tensor]:
             "tensor `score_histogram`",
             f"is {tuple(counts.shape)} {counts.dtype}, should be {wanted} int64, none negative",
         )
-    if reference.dim() != 2 or reference.shape[0] != calibration.answer_tokens or bool(torch.isnan(reference).any()):
+    pairs = torch.tensor([calibration.tokens.get(group, 0) * calibration.top_k for group in GROUPS])
+    if not torch.equal(counts.sum(-1), pairs.expand(calibration.moe_layers, -1)):
+        raise BadArtifact(str(path), "tensor `score_histogram`", "counts other tokens than calibration.json says there were")
+    name, shape = "tensor `reference_log_probabilities`", tuple(reference.shape)
+    if len(shape) != 2 or shape[0] != calibration.answer_tokens or reference.dtype != torch.float32:
         raise BadArtifact(
-            str(path), "tensor `reference_log_probabilities`", f"has shape {tuple(reference.shape)}, or NaN in it"
+            str(path), name, f"is {shape} {reference.dtype}, should be ({calibration.answer_tokens}, vocabulary) float32"
         )
+    if bool(torch.isnan(reference).any()):
+        raise BadArtifact(str(path), name, "has NaN in it")
     return counts, reference

@@ -7,7 +7,7 @@ from modes_cli.artifacts import Calibration, Thresholds
 from modes_cli.artifacts.base import flatten
 from modes_cli.artifacts.thresholds import FrontierPoint, SearchResult
 from modes_cli.errors import BadOption, UnreachableTarget
-from modes_cli.models.groups import SKIPPABLE
+from modes_cli.models.groups import SKIPPABLE, TEXT
 from modes_cli.models.loading import versions
 from modes_cli.requests import Outcome, SearchRequest
 from modes_cli.run_folder import RunFolder
@@ -65,7 +65,7 @@ def find_thresholds(request: SearchRequest) -> Outcome[Thresholds]:
                 options=options,
                 versions=versions(),
                 calibration=digest,
-                groups=list(SKIPPABLE),
+                groups=_groups(calibration),
                 results=[results[known] for known in sorted(results)],
                 model_passes=sum(result.model_passes for result in results.values()),
                 grid=request.grid,
@@ -95,29 +95,42 @@ def _search(
     before = objective.passes
     objective.forget()  # so that a target's result and cost do not depend on which others were asked for
     candidate, best, measured = choose(options, objective, target, STRATEGIES[request.strategy], request.grid, request.passes)
-    if best is None or (best.skip_ratio > target + TOLERANCE and request.strategy == "frontier"):
-        closest = max((point.skip_ratio for point in measured), default=0.0)
-        raise UnreachableTarget(target, closest, request.policy)
+    if best is None:
+        raise UnreachableTarget(target, max((point.skip_ratio for point in measured), default=0.0), request.policy)
+    if best.skip_ratio > target + TOLERANCE and request.strategy == "frontier":
+        raise BadOption(
+            f"`{request.passes}` passes came no closer to target `{target:g}` than a skip ratio of `{best.skip_ratio:.4f}`",
+            hint="allow more `--passes`, or calibrate on more samples",
+        )
     text, vision = best.tau
     return SearchResult(
         target=target,
         policy=candidate.policy.name,
         parameters=candidate.policy.parameters,
-        tau={"text": text, "vision": vision},
+        tau=_tau(best, calibration),
         skip_ratio=best.skip_ratio,
         skip_ratio_per_group=best.per_group,
         skip_ratio_per_layer=dict(zip(calibration.importance, best.per_layer, strict=True)),
         kl=best.kl,
         predicted_skip_ratio=candidate.staircase.ratio(text, vision),
         model_passes=objective.passes - before,
-        frontier=_frontier(measured),
+        frontier=_frontier(measured, calibration),
     )
 
 
-def _frontier(measured: list[Point]) -> list[FrontierPoint]:
+def _groups(calibration: Calibration) -> list[str]:
+    """Those that have a threshold: with `--text-only` there is one modality."""
+    return [SKIPPABLE[TEXT]] if calibration.options.get("text_only") else list(SKIPPABLE)
+
+
+def _tau(point: Point, calibration: Calibration) -> dict[str, float]:
+    return {group: tau for group, tau in zip(SKIPPABLE, point.tau, strict=True) if group in _groups(calibration)}
+
+
+def _frontier(measured: list[Point], calibration: Calibration) -> list[FrontierPoint]:
     """Measured points that no other one beats in both ratio and damage, by rising ratio."""
     kept: list[Point] = []
     for point in sorted(measured, key=lambda p: (-p.skip_ratio, p.kl)):
         if not kept or point.kl < kept[-1].kl:
             kept.append(point)
-    return [FrontierPoint(tau={"text": p.tau[0], "vision": p.tau[1]}, skip_ratio=p.skip_ratio, kl=p.kl) for p in reversed(kept)]
+    return [FrontierPoint(tau=_tau(p, calibration), skip_ratio=p.skip_ratio, kl=p.kl) for p in reversed(kept)]

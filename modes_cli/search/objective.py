@@ -43,6 +43,13 @@ class Objective:
         self._seen: dict[tuple[bytes, bytes, int], Point] = {}
         self.passes = 0.0
 
+    def part(self, share: float) -> float:
+        """What measuring a rule on a share of the batches costs: whole batches, at least one."""
+        return sum(self._samples[: self._count(share)]) / sum(self._samples)
+
+    def _count(self, share: float) -> int:
+        return max(1, round(share * len(self._batches)))
+
     def forget(self) -> None:
         """Measure everything anew from here on."""
         self._seen.clear()
@@ -50,7 +57,7 @@ class Objective:
     @torch.no_grad()
     def measure(self, rule: Rule, share: float = 1.0) -> Point:
         """Measure a rule on the first `share` of the batches. A rule that was measured already costs nothing."""
-        count = max(1, round(share * len(self._batches)))
+        count = self._count(share)
         key = (rule.score_scale.numpy().tobytes(), rule.tau.numpy().tobytes(), count)
         if key not in self._seen:
             damage, answers = 0.0, 0
@@ -59,7 +66,7 @@ class Objective:
                     logits = answer_logits(self._loaded.model, batch.to(self._loaded.device))
                     damage += kl_sum(full, logits)
                     answers += full.shape[0]
-                part = sum(self._samples[:count]) / sum(self._samples)
+                part = self.part(share)
                 self._seen[key] = Point(
                     rule, damage / answers, counts.skip_ratio(), counts.per_group(), counts.per_layer(), part
                 )

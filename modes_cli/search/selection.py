@@ -1,8 +1,27 @@
 """Which of a search's results a later step uses."""
 
-from modes_cli.artifacts import Thresholds
+from modes_cli import files
+from modes_cli.artifacts import Calibration, Thresholds
 from modes_cli.artifacts.thresholds import SearchResult
-from modes_cli.errors import BadOption
+from modes_cli.errors import BadArtifact, BadOption, StaleArtifact
+from modes_cli.run_folder import RunFolder
+from modes_cli.skipping.policy import tau_vector
+from modes_cli.skipping.registry import policy
+
+
+def found_in(run: RunFolder) -> tuple[Thresholds, Calibration]:
+    """A run's thresholds, and the calibration that they were found with.
+
+    Raises:
+        MissingArtifact, BadArtifact: one of the two is not there, or damaged.
+        StaleArtifact: the calibration that is there now is another one.
+    """
+    calibration, thresholds = run.read(Calibration), run.read(Thresholds)
+    digest = files.sha256(run.file(Calibration.FILE))
+    if thresholds.calibration != digest:
+        path, renew = str(run.file(Thresholds.FILE)), f"{run.renew(Thresholds)} --fresh"
+        raise StaleArtifact(path, "calibration", thresholds.calibration[:12], digest[:12], renew)
+    return thresholds, calibration
 
 
 def select(thresholds: Thresholds, target: float | None) -> SearchResult:
@@ -10,14 +29,27 @@ def select(thresholds: Thresholds, target: float | None) -> SearchResult:
 
     Raises:
         BadOption: no result for that target.
+        BadArtifact: its policy, parameters or groups do not exist.
     """
-    if target is None:
-        return thresholds.results[-1]  # in rising order
-    for result in thresholds.results:
-        if result.target == target:
-            return result
+    for result in reversed(thresholds.results):  # in rising order
+        if target is None or result.target == target:
+            return _checked(result)
     known = ", ".join(f"{result.target:g}" for result in thresholds.results)
     raise BadOption(
         f"no thresholds for target `{target:g}`; there are some for {known}",
         hint=f"search it first: `modes search --target {target:g}`",
     )
+
+
+def _checked(result: SearchResult) -> SearchResult:
+    where = f"result for target `{result.target:g}`"
+    try:
+        made = policy(result.policy, **result.parameters)
+        tau_vector(result.tau)
+    except (BadOption, TypeError) as error:
+        raise BadArtifact(Thresholds.FILE, where, str(error)) from error
+    if made.parameters != result.parameters:
+        wanted, found = ", ".join(made.parameters) or "none", ", ".join(result.parameters) or "none"
+        problem = f"policy `{result.policy}` has parameters {wanted}, not {found}"
+        raise BadArtifact(Thresholds.FILE, where, problem)
+    return result

@@ -144,7 +144,7 @@ class _Edge:
         known = sorted(self.points)
         best = min(known, key=self._damage)
         at = known.index(best)
-        if at == 0 and best > 0.0 or at + 1 == len(known) and best < 1.0:
+        if (at == 0 and best > 0.0) or (at + 1 == len(known) and best < 1.0):
             return float(at > 0)  # the end of the edge itself
         left = known[at - 1] if at > 0 else best
         right = known[at + 1] if at + 1 < len(known) else best

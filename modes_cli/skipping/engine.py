@@ -5,7 +5,7 @@ called, the pairs that a rule keeps are handed to the implementation that was co
 expert"; skipped pairs are never computed. If every pair is kept, the call is passed on unchanged, so that tau = 0 gives
 the unmodified model's logits bit for bit.
 
-Classes outside the interface (llama4, step3p7) get the same through their instance's `forward`.
+Classes outside the interface (step3p7) get the same through their instance's `forward`.
 """
 
 from collections.abc import Callable, Iterator

@@ -12,13 +12,12 @@ tau = 0 and lose none.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from modes_cli.artifacts import Calibration
-from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption
 from modes_cli.models.groups import GROUPS, SPECIAL
 
@@ -109,7 +108,8 @@ def importance_matrix(calibration: Calibration) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-_REGISTRY: dict[str, type[Policy]] = {}
+# By name; `modes_cli.skipping.registry` reads it once every policy has put itself in.
+REGISTRY: dict[str, type[Policy]] = {}
 P = TypeVar("P", bound=type[Policy])
 
 
@@ -118,31 +118,7 @@ def register(name: str) -> Callable[[P], P]:
 
     def add(cls: P) -> P:
         cls.name = name
-        _REGISTRY[name] = cls
+        REGISTRY[name] = cls
         return cls
 
     return add
-
-
-def policy(name: str, **parameters: Any) -> Policy:
-    """A policy by name.
-
-    Raises:
-        BadOption: no such policy.
-    """
-    import modes_cli.skipping.policies  # noqa: F401  registers them
-
-    if name not in _REGISTRY:
-        raise BadOption(f"no policy `{name}`", hint=f"policies are auto, {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name](**parameters)
-
-
-def policy_names() -> list[str]:
-    import modes_cli.skipping.policies  # noqa: F401
-
-    return sorted(_REGISTRY)
-
-
-def from_result(result: SearchResult, calibration: Calibration) -> Rule:
-    """The rule that a search result stands for."""
-    return policy(result.policy, **result.parameters).rule(calibration, result.tau)

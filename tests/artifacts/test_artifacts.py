@@ -186,12 +186,12 @@ def test_reuse_needs_the_same_identity(tmp_path: Path) -> None:
 
 def test_tensor_files_are_compared_by_size_and_digest(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    ref = run.write_tensors("t.safetensors", b"0123456789")
-    assert run.check_tensors(ref) == tmp_path / "t.safetensors"
+    ref = run.write_tensors("t.safetensors", b"0123456789", Calibration)
+    assert run.check_tensors(ref, Calibration) == tmp_path / "t.safetensors"
     for content, names in ((b"0123456780", "SHA-256"), (b"012345678", "size"), (None, "missing")):
         if content is None:
             (tmp_path / "t.safetensors").unlink()
         else:
             (tmp_path / "t.safetensors").write_bytes(content)
         with pytest.raises(BadArtifact, match=names):
-            run.check_tensors(ref)
+            run.check_tensors(ref, Calibration)

@@ -24,4 +24,6 @@ class Tempered(Policy):
 
     def scale(self, importance: Tensor) -> Tensor:
         alpha = importance[:, 1:] if self.parameters["per_modality"] else importance[:, :1].expand(-1, 2)
+        if self.parameters["power"] == 0:
+            return torch.ones_like(alpha)  # `dmt`, also where a layer does not matter at all
         return torch.where(alpha > 0, alpha.clamp_min(1e-300) ** self.parameters["power"], torch.zeros_like(alpha))

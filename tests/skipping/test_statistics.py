@@ -1,0 +1,54 @@
+"""Counting kept and skipped pairs."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.statistics import PHASES, PairCounts
+
+calls = st.lists(
+    st.tuples(st.integers(0, 1), st.integers(0, 2), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=9)),
+    max_size=6,
+)
+
+
+@given(calls=calls)
+def test_counts_are_sums_over_calls_by_phase_layer_and_group(calls: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
+    counts = PairCounts(layers=3)
+    kept, total = torch.zeros(2, 3, 3, dtype=torch.int64), torch.zeros(2, 3, 3, dtype=torch.int64)
+    for phase, layer, tokens in calls:
+        group, per_token = (torch.tensor([token[i] for token in tokens], dtype=torch.int64) for i in range(2))
+        counts.add(phase, layer, group, per_token, top_k=4)
+        for g, n in tokens:
+            kept[phase, layer, g] += n
+            total[phase, layer, g] += 4
+    assert torch.equal(counts.kept, kept)
+    assert torch.equal(counts.total, total)
+    assert counts.skip_ratio() == pytest.approx(1 - int(kept.sum()) / int(total.sum()) if int(total.sum()) else 0.0)
+
+
+def test_ratios() -> None:
+    counts = PairCounts(layers=2)
+    group = torch.tensor([0, 0, 1, 2])
+    counts.add(0, 0, group, torch.tensor([4, 2, 1, 4]), top_k=4)
+    counts.add(1, 1, group[:1], torch.tensor([0]), top_k=4)
+    assert counts.per_group() == {"text": 0.5, "vision": 0.75}  # special is not listed ...
+    assert counts.skip_ratio() == 1 - 11 / 20  # ... but counted
+    assert counts.per_layer() == [1 - 11 / 16, 1.0]
+
+
+def test_a_group_without_tokens_is_left_out_and_nothing_is_no_skipping() -> None:
+    counts = PairCounts(layers=1)
+    assert (counts.skip_ratio(), counts.per_group(), counts.per_layer()) == (0.0, {}, [0.0])
+    counts.add(0, 0, torch.tensor([0]), torch.tensor([1]), top_k=2)
+    assert counts.per_group() == {"text": 0.5}
+
+
+def test_reset_forgets() -> None:
+    counts = PairCounts(layers=1)
+    counts.add(0, 0, torch.tensor([0]), torch.tensor([1]), top_k=2)
+    counts.reset()
+    assert int(counts.total.sum()) == int(counts.kept.sum()) == 0
+    assert counts.total.shape == (len(PHASES), 1, len(GROUPS))
