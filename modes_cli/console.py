@@ -174,7 +174,7 @@ def _real_stdout() -> Iterator[TextIO]:
 def _close(out: TextIO) -> None:
     try:
         out.close()
-    except BrokenPipeError:  # the reader left (`modes ... | head`); main() ends the process
+    except OSError:  # the reader left (`modes ... | head`), or the disk is full
         if sys.exception() is None:
             raise
 

@@ -6,6 +6,7 @@
 import errno
 import re
 
+LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
 _MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
 
 
@@ -111,3 +112,9 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line of bearable length."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."

@@ -1,5 +1,6 @@
 """From an exception to what a user sees: exit code, one or two lines, a hint. Every command ends here when it fails."""
 
+import contextlib
 import errno
 import json
 import re
@@ -8,11 +9,10 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from modes_cli.errors import ModesError, is_memory
+from modes_cli.errors import ModesError, first_line, is_memory
 
 USAGE = 2
 INTERRUPTED = 130
-LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
 
 _CONTINUES = "what was finished is valid: the same command continues"
 
@@ -38,11 +38,11 @@ def describe(error: BaseException) -> Failure:
         return Failure("interrupted", "interrupted", _CONTINUES, INTERRUPTED)
     if is_memory(error):
         hint = f"use a smaller `--batch-size`, fewer `--samples` or `--dtype bfloat16`; {_CONTINUES}"
-        return Failure("out_of_memory", f"out of memory: {_first_line(error)}", hint, 1)
+        return Failure("out_of_memory", f"out of memory: `{first_line(error)}`", hint, 1)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" writing `{error.filename}`" if error.filename else ""
         return Failure("disk_full", f"no space left on the disk{where}", f"free some space; {_CONTINUES}", 1)
-    message = f"unexpected {type(error).__name__}: {_first_line(error)}"
+    message = f"unexpected {type(error).__name__}: {first_line(error)}"
     return Failure("unexpected", message, "run it again with `--debug` for the traceback, and report it", 2)
 
 
@@ -68,15 +68,11 @@ def report(
         sys.stderr.write(f"hint: {printable(failure.hint)}\n")
     sys.stderr.flush()
     if out is not None:
-        out.write(json.dumps({**(result or {}), **failure.as_object()}) + "\n")
-        out.flush()
+        with contextlib.suppress(OSError):  # it may be stdout that is full; stderr has said so
+            out.write(json.dumps({**(result or {}), **failure.as_object()}) + "\n")
+            out.flush()
 
 
 def printable(text: str) -> str:
     """One line that does nothing to a terminal: messages quote names from files that anybody may have written."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _first_line(error: BaseException) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."

@@ -39,8 +39,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, for good, if it is there."""
+    """Remove a file, for good, if it is there, and what is left of attempts to write it."""
     with failing_clearly(path):
+        remove_leftovers(path)
         if path.exists():
             path.unlink()
             sync_folder(path.parent)
@@ -55,7 +56,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with failing_clearly(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         remove_leftovers(path)
         try:
             with temporary.open("wb") as file:
@@ -75,7 +76,7 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         remove_leftovers(path)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            _make_folder(temporary)
             fill(temporary)
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
@@ -86,6 +87,13 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
             sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # what was replaced, if anything
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # in places such as /proc, where nothing can be made
+        raise PermissionError(errno.EACCES, "no folder can be made there", str(folder)) from error
 
 
 def _rename_folder(new: Path, path: Path) -> None:

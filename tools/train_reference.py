@@ -25,6 +25,8 @@ from modes_cli.data import digits_vqa
 from modes_cli.models.processor import ImageTextQwen3VLProcessor
 
 PROBES = 30
+POLISH = (12_000, 6_000)  # canvases of the last two stages
+FLATTER = (1, 10, 60)  # times the weight of the flatness loss: before them, in the first, in the second
 FIRST_WEIGHTS = {"read": 3.0, "row": 3.0, "color": 2.0, "name": 1.5, "exists": 1.5, "locate": 2.0, "count_color": 1.5}
 DENSE_LAYER, SUMMARY_LAYER = 1, 4  # whose outputs the training-only heads read
 OUT = Path(__file__).parent.parent / "modes_cli" / "reference"
@@ -39,7 +41,6 @@ def parse() -> argparse.Namespace:
     p.add_argument("--flat", type=float, default=0.003, help="weight of the loss that keeps a token's top-8 weights comparable")
     p.add_argument("--drop", type=float, default=0.1, help="share of rows that lose the first layer's routed experts")
     p.add_argument("--second-stage", type=int, default=21_600, help="canvases after which the summary heads join")
-    p.add_argument("--polish", type=int, default=12_000, help="canvases of the third stage")
     p.add_argument("--start", type=Path, help="a checkpoint of this script at the end of its first stage, to go on from")
     p.add_argument("--every", type=int, default=100, help="steps between progress lines")
     p.add_argument("--threads", type=int, default=1)
@@ -165,16 +166,20 @@ def main() -> None:
     if args.start:
         model.load_state_dict(load_file(args.start / "model.safetensors"))
         before = json.loads((args.start / "training.json").read_text())
-        log, seen, step = before["log"], before["log"][-1]["images"], before["log"][-1]["step"]
+        log, seen, step = before["log"], before["images"], before["log"][-1]["step"]
         started -= before["log"][-1]["seconds"]
         accuracy = before["log"][-1]["validation"]
         weights = {k: 0.4 + 2.5 * (1 - accuracy[k]) for k in digits_vqa.KINDS}
         next_probe += seen
-    third_stage = False
-    while seen < args.images + args.polish:
-        if seen >= args.images and not third_stage:
-            # A short polish of what is still the weakest, with flatter top-8 weights.
-            third_stage, stage_step, rng = True, 0, Random(args.seed + 2)
+    polishes = 0  # begun
+    while polishes < len(POLISH) and seen >= args.images + sum(POLISH[: polishes + 1]):
+        polishes += 1
+    while seen < args.images + sum(POLISH):
+        begin = args.images + sum(POLISH[:polishes])
+        if polishes < len(POLISH) and seen >= begin:
+            # A short polish of what is still the weakest, with flatter top-8 weights each time.
+            polish_from, polish_for = begin, POLISH[polishes]
+            polishes, stage_step, rng = polishes + 1, 0, Random(args.seed + 2 + polishes)
             optimizer = make_optimizer(model, heads, args.lr)
             weights = {k: 0.2 + 8 * (1 - log[-1]["validation"][k]) for k in digits_vqa.KINDS}
         if args.second_stage <= seen < args.images and not second_stage:
@@ -183,11 +188,11 @@ def main() -> None:
             heads = TrainingHeads()
             optimizer = make_optimizer(model, heads, args.lr)
         progress = seen / args.images
-        size = 8 if progress < 0.4 else 16 if progress < 0.75 or third_stage else 32
+        size = 8 if progress < 0.4 else 16 if progress < 0.75 or polishes else 32
         for group in optimizer.param_groups:  # warm up, hold, fall linearly over the last 55%
             group["lr"] = args.lr * min(1, (stage_step + 1) / 300) * (0.02 + 0.98 * min(1, max(0, 1 - progress) / 0.55))
-            if third_stage:
-                left = 1 - (seen - args.images) / args.polish
+            if polishes:
+                left = 1 - (seen - polish_from) / polish_for
                 group["lr"] = 0.4 * args.lr * min(1, (stage_step + 1) / 100) * left
         scenes = [digits_vqa.draw_scene(bank, rng) for _ in range(size)]
         batch = packer.pack(question_batch(scenes, args.questions, weights, rng))
@@ -197,7 +202,7 @@ def main() -> None:
         answer = batch.labels[:, 1:] != -100
         loss = F.cross_entropy(model.lm_head(out.last_hidden_state[:, :-1][answer]), batch.labels[:, 1:][answer])
         balance, flat = router_losses(out.router_logits, batch.real.reshape(-1))
-        total = loss + args.balance * balance + (10 * args.flat if third_stage else args.flat) * flat
+        total = loss + args.balance * balance + args.flat * FLATTER[polishes] * flat
         start = packer.first_vision
         if progress < 0.7:
             vision = seen_hidden[DENSE_LAYER][:, start : start + VISION_TOKENS]
@@ -217,7 +222,7 @@ def main() -> None:
         if seen >= next_probe:
             next_probe += args.images // PROBES
             accuracy = probe(model, packer, "validation", 440, 77)
-            if accuracy["all"] > 0.3 and not third_stage:  # from here on, ask more of what is not known yet
+            if accuracy["all"] > 0.3 and not polishes:  # from here on, ask more of what is not known yet
                 weights = {k: 0.4 + 2.5 * (1 - accuracy[k]) for k in digits_vqa.KINDS}
             entry = {
                 "step": step,
@@ -232,7 +237,7 @@ def main() -> None:
                 entry["importance"] = importance(model, packer)
             log.append(entry)
             print(json.dumps(entry), flush=True)
-            write(args.out, model, tokenizer, {"options": options, "log": log})
+            write(args.out, model, tokenizer, {"options": options, "images": seen, "log": log})
     final = {
         "test": probe(model, packer, "test", 2200, 99),
         "top_k": {k: with_limit(model, k, packer, "test", 1100, 99) for k in (8, 4, 2, 1, 0)},
@@ -241,7 +246,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     print(json.dumps(final), flush=True)
-    write(args.out, model, tokenizer, {"options": options, "log": log, "final": final})
+    write(args.out, model, tokenizer, {"options": options, "images": seen, "log": log, "final": final})
 
 
 def write(out: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, record: dict[str, object]) -> None:

@@ -49,7 +49,7 @@ class Unfinished:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+        files.remove(self._path)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
+from modes_cli import files
 from modes_cli.errors import BadArtifact, BadModel
+from modes_cli.export.safetensors_header import parse_header
 from modes_cli.requests import ModelSpec
 
 REFERENCE = "digits"
 REFERENCE_FOLDER = Path(__file__).parent.parent / "reference"
-HEADER_LIMIT = 100 << 20  # bytes; what the safetensors library itself accepts
+SETTINGS_LIMIT = 256 << 20  # bytes; the largest is the tokenizer's, tens of megabytes
+_SETTINGS = ("generation_config.json", "tokenizer*.json", "*processor_config.json", "*.index.json")
 # Never the pickled weights (*.bin, *.pt) that some repositories hold beside the safe ones.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -63,14 +65,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         BadArtifact: not JSON, or not an object.
     """
-    path = folder / "config.json"
+    return _read_object(folder / "config.json")
+
+
+def check_settings(folder: Path) -> None:
+    """Raises BadArtifact if a settings file is damaged: transformers uses its own defaults instead of some of them."""
+    for path in sorted({path for pattern in _SETTINGS for path in folder.glob(pattern)}):
+        _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text("utf-8"))
+        found = json.loads(files.read_text(path, SETTINGS_LIMIT))
     except (ValueError, RecursionError) as error:
-        raise BadArtifact(str(path), "content", f"not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BadArtifact(str(path), "content", "not an object")
-    return config
+        raise BadArtifact(str(path), "content", f"not JSON: {error}", hint="fetch it again") from error
+    if not isinstance(found, dict):
+        raise BadArtifact(str(path), "content", "not an object", hint="fetch it again")
+    return found
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -88,12 +99,8 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def _header(path: Path) -> bytes:
-    size = path.stat().st_size
+    if not path.is_file():  # a pipe would make us wait
+        raise BadArtifact(str(path), "file", "not a regular file")
+    header = parse_header(path, path.stat().st_size)  # the library that will load it names neither file nor offset
     with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise BadArtifact(str(path), "offset 0", "too short for a safetensors file")
-        (length,) = struct.unpack("<Q", start)
-        if length > HEADER_LIMIT or 8 + length > size:
-            raise BadArtifact(str(path), "offset 0", f"header of {length} bytes in a file of {size}")
-        return file.read(length)
+        return file.read(header.data_start)[8:]

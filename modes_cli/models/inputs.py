@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modes_cli.data.sample import Sample
-from modes_cli.errors import BadData
+from modes_cli.errors import BadData, first_line
 from modes_cli.models.loading import Loaded
 
 # Inputs with one entry per token; all others (pixels, grids) are concatenated over the batch.
@@ -70,7 +70,7 @@ def _prompt(loaded: Loaded, sample: Sample) -> dict[str, Tensor]:
             chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     except (ValueError, TypeError, IndexError) as error:
-        raise BadData(f"sample `{sample.id}` cannot be turned into a prompt: {str(error).splitlines()[0]}") from error
+        raise BadData(f"sample `{sample.id}` cannot be turned into a prompt: {first_line(error)}") from error
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
 

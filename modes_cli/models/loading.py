@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from modes_cli import __version__
 from modes_cli.artifacts.base import Dtype, ModelInfo, Versions
-from modes_cli.errors import BadModel, BadOption, is_memory
+from modes_cli.errors import BadModel, BadOption, first_line, is_memory
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
-from modes_cli.models.checkpoint import checkpoint_digest, checkpoint_folder, read_config
+from modes_cli.models.checkpoint import check_settings, checkpoint_digest, checkpoint_folder, read_config
 from modes_cli.models.groups import TokenGroups, token_groups
 from modes_cli.models.processor import load_processor
 from modes_cli.requests import ModelSpec
@@ -73,9 +73,12 @@ def describe(spec: ModelSpec) -> tuple[Path, ModelInfo, Any]:
     """
     folder = checkpoint_folder(spec)
     raw = read_config(folder)
+    check_settings(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # transformers raises nearly anything about settings that make no sense
+        if is_memory(error):
+            raise
         kind = raw.get("model_type", "(none)")
         raise BadModel(
             f"`{spec.id}`: transformers {transformers.__version__} cannot read model type `{kind}`: {str(error)[:200]!r}",
@@ -121,9 +124,7 @@ def load(spec: ModelSpec) -> Loaded:
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         if is_memory(error):
             raise
-        raise BadModel(
-            f"`{spec.id}` cannot be loaded: {str(error).strip().splitlines()[0]}", hint="is the checkpoint complete?"
-        ) from error
+        raise BadModel(f"`{spec.id}` cannot be loaded: {first_line(error)}", hint="is the checkpoint complete?") from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":  # the class is not public
             raise BadModel(f"`{spec.id}` has a damaged weight file: {error}", hint="fetch it again") from error
@@ -150,5 +151,7 @@ def _processor(spec: ModelSpec, folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadModel(f"`{folder}` has no usable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # as load_processor
+        if is_memory(error):
+            raise
+        raise BadModel(f"`{folder}` has no usable tokenizer: {type(error).__name__}: {first_line(error)}") from error

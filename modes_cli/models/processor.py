@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoProcessor, Qwen3VLMoeConfig, Qwen3VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from modes_cli.errors import BadModel
+from modes_cli.errors import BadModel, first_line, is_memory
 
 
 class ImageTextQwen3VLProcessor(Qwen3VLProcessor):
@@ -40,9 +40,11 @@ def load_processor(folder: Path, *, revision: str | None = None, trust_remote_co
             processor = _without_video(folder, trust_remote_code)
         else:
             processor = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, TypeError) as error:
+    except Exception as error:  # transformers raises nearly anything about settings that make no sense
+        if is_memory(error):
+            raise
         raise BadModel(
-            f"`{folder}` has no usable processor: {str(error).splitlines()[0]}",
+            f"`{folder}` has no usable processor: {type(error).__name__}: {first_line(error)}",
             hint="image processor and tokenizer files belong to a checkpoint",
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):

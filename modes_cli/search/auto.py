@@ -26,6 +26,7 @@ _TRIED: tuple[tuple[str, dict[str, float]], ...] = (
     ("tempered", {"power": 0.5, "per_modality": 0.0}),
     ("tempered", {"power": 0.25, "per_modality": 0.0}),
     ("tempered", {"power": 0.25, "per_modality": 1.0}),
+    ("tempered", {"power": 0.125, "per_modality": 1.0}),
     ("dmt", {}),
 )
 TRIAL_SHARE = 0.25  # of the calibration set

@@ -1,8 +1,12 @@
-"""A command line whose core is replaced: what commands do is tested here, what the core does elsewhere."""
+"""A command line whose core is replaced: what commands do is tested here, what the core does elsewhere.
+
+`command` is the exception: the real command, as a process of its own, on a run folder of a tiny model.
+"""
 
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +17,11 @@ import pytest
 from modes_cli import app
 from modes_cli.requests import Check, Exported, Generated, Outcome
 from tests import examples
+from tests.cli.process import Commands
+
+# Options of the steps that made the folder `prepared`.
+DATA = ("--data", "digits", "--samples", 4, "--batch-size", 2)
+SEARCH = ("--target", 0.3, "--target", 0.5, "--policy", "modes")
 
 
 @dataclass
@@ -95,3 +104,26 @@ def modes(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
         return Ended(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Run the real command as a process."""
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
+def prepared(command: Commands, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the tiny model, profiled, calibrated and searched once. Tests change a copy, `folder`."""
+    run = tmp_path_factory.mktemp("prepared") / "run"
+    for step in ("profile", "calibrate"):
+        command(step, tiny_checkpoint, *DATA, "--run", run).ok()
+    command("search", *SEARCH, "--run", run).ok()
+    return run
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "run"))
