@@ -84,6 +84,41 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_folder_is_replaced_where_two_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    test_a_folder_is_replaced_as_a_whole(tmp_path)
+
+
+DEAD = 2**22 + 1  # larger than any process id on Linux
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    running = os.getppid()
+    kept = [f".file.{running}.part", ".file.1x.part", f".file2.{DEAD}.part", f"file.{DEAD}.part", f".file.{DEAD}.partial"]
+    for name in (*kept, f".file.{DEAD}.part", f".file.{DEAD + 1}.old"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / f".file.{DEAD + 2}.part").mkdir()
+    (tmp_path / f".file.{DEAD + 2}.part" / "inner").write_bytes(b"half")
+    files.write_bytes(tmp_path / "file", b"whole")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*kept, "file"])
+
+
+def test_a_folder_that_was_moved_away_comes_back(tmp_path: Path) -> None:
+    """Killed between two renames, a file system that cannot exchange has the last whole bundle under another name."""
+    (tmp_path / f".bundle.{DEAD}.old").mkdir()
+    (tmp_path / f".bundle.{DEAD}.old" / "whole").write_text("1")
+    with pytest.raises(ZeroDivisionError):
+        files.replace_folder(tmp_path / "bundle", lambda folder: 1 // 0 and None)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
+    assert (tmp_path / "bundle" / "whole").read_text() == "1"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadArtifact, match="not a regular file"):
+        files.read_text(tmp_path / "pipe", 10)
+
+
 def test_text_that_is_too_large_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"x" * 11)
     (tmp_path / "binary").write_bytes(b"ab\xff")

@@ -22,6 +22,7 @@ class Problem:
     target: float
     one_threshold: bool
     objective: Objective
+    start: tuple[float, ...] = (0.5, 0.1, 0.9, 0.3, 0.7)  # places of the edge that are measured first
     measured: list[Point] = field(default_factory=list)
 
     def at(self, text: float, vision: float, share: float = 1.0) -> Point:
@@ -86,7 +87,7 @@ def frontier(problem: Problem, grid: int, passes: int) -> None:
     """
     edge = _Edge(problem)
     budget = problem.objective.passes + passes
-    for position in (0.5,) if problem.one_threshold else (0.5, 0.1, 0.9, 0.3, 0.7):
+    for position in (0.5,) if problem.one_threshold else problem.start:
         if problem.objective.passes + 1 <= budget:
             edge.measure(position)
     if not problem.one_threshold:
@@ -180,7 +181,7 @@ class _Edge:
 def edge_point(problem: Problem, position: float, share: float) -> Point:
     """Measure one place of the predicted edge on a part of the calibration set."""
     edge = _Edge(problem)
-    return problem.at(*edge.taus(position, problem.target), share)
+    return problem.at(*edge.taus(position, problem.target + edge.MARGIN), share)
 
 
 STRATEGIES: dict[str, Callable[[Problem, int, int], None]] = {

@@ -26,7 +26,7 @@ from tests.export.bundles import shared_bundle
 LEFTOVER = re.compile(r"\..+\.\d+\.(part|old)")
 STEPS = ("profile", "calibrate", "search", "evaluate", "export")
 KILLS = 2  # at random moments, of each step
-MOST_STEPS = 8  # of the places where a command can be cut; which ones is decided by a seed
+MOST_STEPS = 7  # of the places where a command can be cut; which ones is decided by a seed
 
 
 def command_line(step: str, checkpoint: Path) -> tuple[Any, ...]:

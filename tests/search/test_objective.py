@@ -124,7 +124,7 @@ def test_passes_count_each_rule_once_and_parts_as_parts(tiny_again: Recalled) ->
 def test_auto_keeps_to_the_budget_whatever_trials_cost(passes: int, tiny_again: Recalled) -> None:
     calibration, again = tiny_again
     options = candidates("auto", "frontier", calibration, again.counts)
-    assert len(options) == 5
+    assert len(options) == 6
     again.objective.forget()
     before = again.objective.passes
     winner, _, measured = choose(options, again.objective, 0.5, STRATEGIES["frontier"], 100, passes)
