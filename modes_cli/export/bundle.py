@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from modes_cli import files
-from modes_cli.artifacts import Bundle, Calibration, Thresholds
+from modes_cli.artifacts import Bundle, Thresholds
 from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.artifacts.thresholds import SearchResult
-from modes_cli.errors import BadOption, KernelError, ModesError, StaleArtifact, WriteFailed
+from modes_cli.errors import BadOption, KernelError, ModesError, WriteFailed
 from modes_cli.export import weights
 from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
 from modes_cli.export.decoder import DecoderSpec, export_decoder
@@ -28,7 +28,7 @@ from modes_cli.models.loading import versions
 from modes_cli.requests import Exported, ExportRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.calibrated import model_spec, require_current
-from modes_cli.search.selection import select
+from modes_cli.search.selection import found_in, select
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import from_result
 
@@ -46,7 +46,7 @@ def export_bundle(request: ExportRequest) -> Exported:
     """
     run = RunFolder(request.run)
     output = request.output or run.path / "bundle"
-    thresholds, calibration = _artifacts(run)
+    thresholds, calibration = found_in(run)
     result = select(thresholds, request.target)
     require_replaceable(output)
     rule = from_result(result, calibration)
@@ -63,20 +63,6 @@ def export_bundle(request: ExportRequest) -> Exported:
 def peak_rss() -> int:
     """The most memory this process has held, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _artifacts(run: RunFolder) -> tuple[Thresholds, Calibration]:
-    thresholds, calibration = run.read(Thresholds), run.read(Calibration)
-    digest = files.sha256(run.file(Calibration.FILE))
-    if thresholds.calibration != digest:
-        raise StaleArtifact(
-            str(run.file(Thresholds.FILE)),
-            "calibration",
-            thresholds.calibration[:12],
-            digest[:12],
-            run.renew(Thresholds) + " --fresh",
-        )
-    return thresholds, calibration
 
 
 def require_replaceable(output: Path) -> None:

@@ -47,8 +47,11 @@ def thresholds_bytes(plan: Plan) -> bytes:
     }
     data = save(tensors, metadata)
     (length,) = struct.unpack("<Q", data[:8])
-    pad = -(8 + length) % weights.PAGE  # aligned like the weights, so that it may be mapped as well
-    return struct.pack("<Q", length + pad) + data[8 : 8 + length] + b" " * pad + data[8 + length :]
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(metadata.items()))  # the library's order differs from run to run
+    text = json.dumps(header, separators=(",", ":")).encode()
+    pad = -(8 + len(text)) % weights.PAGE  # aligned like the weights, so that it may be mapped as well
+    return struct.pack("<Q", len(text) + pad) + text + b" " * pad + data[8 + length :]
 
 
 def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle:

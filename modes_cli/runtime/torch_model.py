@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from modes_cli.artifacts import Calibration, Thresholds
 from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadArtifact, BadOption
@@ -24,7 +23,7 @@ from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
 from modes_cli.runtime.answers import Answers
 from modes_cli.search.calibrated import require_current
-from modes_cli.search.selection import select
+from modes_cli.search.selection import found_in, select
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule, tau_vector
 from modes_cli.skipping.registry import from_result
@@ -152,7 +151,7 @@ def open_model(spec: ModelSpec, run: str | Path | None, target: float | None = N
     if (folder / BUNDLE_FILE).is_file():
         return _open_bundle(spec, folder)
     where = RunFolder(run)
-    calibration, thresholds = where.read(Calibration), where.read(Thresholds)
+    thresholds, calibration = found_in(where)
     spec = replace(spec, dtype=calibration.model.dtype if spec.dtype == "auto" else spec.dtype)
     require_current(where, calibration, spec)
     rule = from_result(select(thresholds, target), calibration)
