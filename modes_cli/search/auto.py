@@ -16,7 +16,7 @@ from modes_cli.artifacts import Calibration
 from modes_cli.models.groups import SKIPPABLE
 from modes_cli.search.objective import Objective, Point
 from modes_cli.search.staircase import Staircase
-from modes_cli.search.strategies import Problem, edge_point
+from modes_cli.search.strategies import TOLERANCE, Problem, edge_point
 from modes_cli.skipping.policy import Policy, Rule
 from modes_cli.skipping.registry import policy
 
@@ -79,11 +79,14 @@ def _winner(options: list[Candidate], objective: Objective, target: float, passe
     if len(options) == 1 or not affordable:
         return options[0], None
     trials = [(_trial(option, objective, target, affordable[0]), option) for option in options]
-    (_, near), winner = min(trials, key=lambda trial: trial[0])
+    (_, _, near), winner = min(trials, key=lambda trial: trial[0])
     return winner, near
 
 
-def _trial(candidate: Candidate, objective: Objective, target: float, positions: tuple[float, ...]) -> tuple[float, float]:
-    """The least damage, and where on the edge."""
+def _trial(
+    candidate: Candidate, objective: Objective, target: float, positions: tuple[float, ...]
+) -> tuple[bool, float, float]:
+    """Whether it misses the target by far (a layer whose scores are all but 0 goes at once), the least damage, and where."""
     problem = Problem(candidate.rule, candidate.staircase, target, candidate.policy.one_threshold, objective)
-    return min((edge_point(problem, position, TRIAL_SHARE).kl, position) for position in positions)
+    points = [(edge_point(problem, position, TRIAL_SHARE), position) for position in positions]
+    return min((point.skip_ratio > target + 2 * TOLERANCE, point.kl, position) for point, position in points)

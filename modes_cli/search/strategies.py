@@ -35,8 +35,13 @@ class Problem:
         return [point for point in self.measured if point.skip_ratio >= self.target]
 
     def best(self) -> Point | None:
-        """The least damage among measured points that reach the target; fewer skipped pairs where damage is equal."""
-        return min(self.feasible(), key=lambda p: (p.kl, p.skip_ratio, p.tau), default=None)
+        """The least damage among measured points that reach the target; fewer skipped pairs where damage is equal.
+
+        Points that skip much more than was asked for count only where no other reaches the target.
+        """
+        feasible = self.feasible()
+        close = [point for point in feasible if point.skip_ratio <= self.target + TOLERANCE]
+        return min(close or feasible, key=lambda p: (p.kl, p.skip_ratio, p.tau), default=None)
 
 
 def exhaustive(problem: Problem, grid: int, passes: int) -> None:
