@@ -43,12 +43,16 @@ def main() -> None:
                 "results": answer["results"],
             }
         machine = modes("doctor")
-    ours, paper = found["frontier"], found["two-pointer"]
+    paper = found["two-pointer"]
     summary = {
-        "kl_over_two_pointer": {
-            str(a["target"]): a["kl"] / b["kl"] for a, b in zip(ours["results"], paper["results"], strict=True)
-        },
-        "passes_over_two_pointer": ours["model_passes"] / paper["model_passes"],
+        way: {
+            "kl_over_two_pointer": {
+                str(a["target"]): a["kl"] / b["kl"] for a, b in zip(found[way]["results"], paper["results"], strict=True)
+            },
+            "passes_over_two_pointer": found[way]["model_passes"] / paper["model_passes"],
+        }
+        for way in ("auto", "frontier")
+    } | {
         "forward_equivalents_over_naive": calibration["forward_equivalents"] / calibration["naive_forwards"],
     }
     record = {

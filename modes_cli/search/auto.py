@@ -86,7 +86,11 @@ def _winner(options: list[Candidate], objective: Objective, target: float, passe
 def _trial(
     candidate: Candidate, objective: Objective, target: float, positions: tuple[float, ...]
 ) -> tuple[bool, float, float]:
-    """Whether it misses the target by far (a layer whose scores are all but 0 goes at once), the least damage, and where."""
+    """Whether it misses the target, the least damage, and where on the edge.
+
+    One that skips too little looks better than it is; one with a layer whose scores are all but 0 skips far too much at once.
+    """
     problem = Problem(candidate.rule, candidate.staircase, target, candidate.policy.one_threshold, objective)
     points = [(edge_point(problem, position, TRIAL_SHARE), position) for position in positions]
-    return min((point.skip_ratio > target + 2 * TOLERANCE, point.kl, position) for point, position in points)
+    low, high = target - TOLERANCE / 2, target + 2 * TOLERANCE
+    return min((not low <= point.skip_ratio <= high, point.kl, position) for point, position in points)
