@@ -22,7 +22,7 @@ class Problem:
     target: float
     one_threshold: bool
     objective: Objective
-    start: tuple[float, ...] = (0.5, 0.1, 0.9, 0.3, 0.7)  # places of the edge that are measured first
+    start: tuple[float, ...] = (0.3, 0.15, 0.5, 0.75)  # places of the edge that are measured first
     measured: list[Point] = field(default_factory=list)
 
     def at(self, text: float, vision: float, share: float = 1.0) -> Point:
