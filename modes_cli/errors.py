@@ -7,7 +7,10 @@ import errno
 import re
 
 LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
-_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
+# oneDNN's whole words when memory for its generated code or its scratchpad is refused. What it does not support fails one
+# step earlier, at "a primitive descriptor".
+_MEMORY_MESSAGES = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
 
 
 class ModesError(Exception):
@@ -111,7 +114,8 @@ def is_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_WORDS)
+    said = str(error).strip().lower()
+    return isinstance(error, RuntimeError) and (said in _MEMORY_MESSAGES or any(words in said for words in _MEMORY_WORDS))
 
 
 def first_line(error: BaseException) -> str:
