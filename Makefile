@@ -17,7 +17,7 @@ PIP_EXTRA ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA)
-SOURCES := pyproject.toml $(shell find kernels -type f 2>/dev/null)
+SOURCES := pyproject.toml $(shell find kernels -type f -not -path 'kernels/bench/*' 2>/dev/null)
 
 .PHONY: setup demo test lint schemas clean
 

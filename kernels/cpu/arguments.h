@@ -13,8 +13,8 @@ modes_status check_pointers(const modes_args& args, modes_message* message);
 
 // Byte offsets into the workspace.
 struct WorkspaceLayout {
-  int64_t capacity;  // kept pairs that one round works on; at least k
-  size_t offsets, cursor, active_expert, row_token, position, x, inner, outer;
+  int64_t tokens, capacity;  // tokens and kept pairs that one round works on; capacity is at least k
+  size_t offsets, cursor, active_expert, tasks, row_token, row_weight, keep, x, gathered, inner;
   size_t bytes;  // in all
 };
 WorkspaceLayout workspace_layout(const modes_args& args);

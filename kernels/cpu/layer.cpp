@@ -1,9 +1,10 @@
-// The C interface: rounds of (route, gate and up, down, combine) over the tokens of a call.
+// The C interface: rounds of (route, gather, gate and up, down) over the tokens of a call.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <optional>
-#include <string_view>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/arguments.h"
 #include "cpu/experts.h"
@@ -15,11 +16,11 @@
 namespace modes {
 namespace {
 
-// A task is one expert times this many columns: a multiple of every tile's width, small enough for many tasks.
-constexpr int64_t kColumns = 96;
-constexpr int64_t kTokens = 16;
+constexpr int64_t kTokens = 16;  // of a task that widens x
 // Below this much arithmetic, waking threads takes longer than the work.
 constexpr double kSmallWork = 1e6;
+// As many tasks as keep 64 threads busy: with fewer, tasks are made smaller.
+constexpr int64_t kEnoughTasks = 256;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -47,96 +48,154 @@ class Runner {
   int32_t threads_;
 };
 
-// Which columns of which expert task `i` is.
-struct Block {
-  int64_t expert, first, last;
+// Tasks of all active experts in one row: expert after expert, each with as many as it asks for.
+class Tasks {
+ public:
+  template <class Count>
+  Tasks(const Routing& routing, int64_t* start, const Count& count) : routing_(routing), start_(start) {
+    start_[0] = 0;
+    for (int64_t a = 0; a < routing.active; ++a) start_[a + 1] = start_[a] + count(routing.active_expert[a]);
+  }
+  int64_t count() const { return start_[routing_.active]; }
+  // The expert of task i, and the task's number within the expert.
+  std::pair<int64_t, int64_t> at(int64_t i) const {
+    const int64_t a = std::upper_bound(start_, start_ + routing_.active + 1, i) - start_ - 1;
+    return {routing_.active_expert[a], i - start_[a]};
+  }
+
+ private:
+  const Routing& routing_;
+  int64_t* start_;  // [active + 1]
 };
-Block block_of(const Routing& routing, int64_t i, int64_t columns) {
-  const int64_t per_expert = blocks(columns, kColumns), first = i % per_expert * kColumns;
-  return {routing.active_expert[i / per_expert], first, std::min(columns, first + kColumns)};
-}
 
-bool run_round(const Layer& layer, const Runner& runner) {
-  const ExpertKernels& kernels = expert_kernels();
-  const modes_args& args = *layer.args;
-  const Routing& routing = layer.routing;
-  const double size = static_cast<double>(args.hidden) * static_cast<double>(args.intermediate);
-  const double work = 2.0 * static_cast<double>(routing.rows) * size;
-  const int64_t tokens = routing.last_token - routing.first_token;
-  return runner.run(2 * work, routing.active * blocks(args.intermediate, kColumns),
-                    [&](int64_t i) {
-                      const Block b = block_of(routing, i, args.intermediate);
-                      kernels.gate_up(layer, b.expert, b.first, b.last);
-                    }) &&
-         runner.run(work, routing.active * blocks(args.hidden, kColumns),
-                    [&](int64_t i) {
-                      const Block b = block_of(routing, i, args.hidden);
-                      kernels.down(layer, b.expert, b.first, b.last);
-                    }) &&
-         runner.run(static_cast<double>(tokens + routing.rows) * static_cast<double>(args.hidden), blocks(tokens, kTokens),
-                    [&](int64_t i) {
-                      const int64_t first = routing.first_token + i * kTokens;
-                      const int64_t last = std::min(routing.last_token, first + kTokens);
-                      for (int64_t t = first; t < last; ++t) kernels.combine(layer, t);
-                    });
-}
+// How gate_up is cut: columns and tiles of one task. Smaller cuts read rows or pack weights more often.
+struct Cut {
+  int64_t columns, tiles;
+};
 
-modes_status run_layer(const modes_args& args, const Runner& runner, const WorkspaceLayout& layout, void* workspace,
-                       modes_message* message) {
-  unsigned char* base = static_cast<unsigned char*>(workspace);
-  Layer layer{};
-  layer.args = &args;
-  layer.x = static_cast<const float*>(args.x);
-  layer.inner = reinterpret_cast<float*>(base + layout.inner);
-  layer.outer = reinterpret_cast<float*>(base + layout.outer);
-  layer.routing.offsets = reinterpret_cast<int64_t*>(base + layout.offsets);
-  layer.routing.cursor = reinterpret_cast<int64_t*>(base + layout.cursor);
-  layer.routing.active_expert = reinterpret_cast<int64_t*>(base + layout.active_expert);
-  layer.routing.row_token = reinterpret_cast<int64_t*>(base + layout.row_token);
-  layer.routing.position = reinterpret_cast<int32_t*>(base + layout.position);
+// One call of the C interface, with everything its rounds share.
+class Call {
+ public:
+  Call(const modes_args& args, const Runner& runner, const WorkspaceLayout& layout, unsigned char* workspace)
+      : args_(args), runner_(runner), kernels_(expert_kernels(args)), tokens_(layout.tokens), capacity_(layout.capacity) {
+    const auto place = [&](auto** pointer, size_t at) {
+      *pointer = reinterpret_cast<std::remove_reference_t<decltype(*pointer)>>(workspace + at);
+    };
+    Routing& routing = layer_.routing;
+    layer_.args = &args;
+    layer_.x = static_cast<const unsigned char*>(args.x);
+    place(&layer_.gathered, layout.gathered);
+    place(&layer_.inner, layout.inner);
+    place(&routing.offsets, layout.offsets);
+    place(&routing.cursor, layout.cursor);
+    place(&routing.active_expert, layout.active_expert);
+    place(&routing.row_token, layout.row_token);
+    place(&routing.row_weight, layout.row_weight);
+    place(&routing.keep, layout.keep);
+    place(&start_, layout.tasks);
+    place(&wide_, layout.x);
+  }
 
-  bool ran = true;
-  if (args.activation_dtype != MODES_F32) {
-    float* wide = reinterpret_cast<float*>(base + layout.x);
-    const double work = static_cast<double>(args.tokens) * static_cast<double>(args.hidden);
-    ran = runner.run(work, blocks(args.tokens, kTokens), [&](int64_t i) {
-      const int64_t last = std::min(args.tokens, (i + 1) * kTokens);
-      for (int64_t t = i * kTokens; t < last; ++t) expert_kernels().widen(args, t, wide);
+  modes_status run(modes_message* message) {
+    if (!widen()) return fail(message, MODES_PARALLEL_FOR, "the caller's parallel_for failed");
+    for (int64_t token = 0; token < args_.tokens; token = layer_.routing.last_token) {
+      route_tokens(args_, token, tokens_, capacity_, &layer_.routing);
+      if (!gather() || !gate_up() || !down()) return fail(message, MODES_PARALLEL_FOR, "the caller's parallel_for failed");
+      if (no_memory_) return fail(message, MODES_NO_MEMORY, "no memory for the scratch space of a task");
+    }
+    return MODES_OK;
+  }
+
+ private:
+  int64_t rows(int64_t expert) const { return layer_.routing.offsets[expert + 1] - layer_.routing.offsets[expert]; }
+  double size() const { return static_cast<double>(args_.hidden) * static_cast<double>(args_.intermediate); }
+
+  bool widen() {
+    if (args_.activation_dtype == MODES_F32 || kernels_.word_elements > 1) return true;
+    layer_.x = reinterpret_cast<const unsigned char*>(wide_);
+    const double work = static_cast<double>(args_.tokens) * static_cast<double>(args_.hidden);
+    return runner_.run(work, blocks(args_.tokens, kTokens), [&](int64_t i) {
+      const int64_t last = std::min(args_.tokens, (i + 1) * kTokens);
+      for (int64_t t = i * kTokens; t < last; ++t) kernels_.widen(args_, t, wide_ + t * args_.hidden);
     });
-    layer.x = wide;
   }
-  for (int64_t token = 0; ran && token < args.tokens; token = layer.routing.last_token) {
-    route_tokens(args, token, layout.capacity, &layer.routing);
-    ran = run_round(layer, runner);
+
+  bool gather() {
+    constexpr int64_t kTiles = 8;
+    const Tasks tasks(layer_.routing, start_, [&](int64_t expert) {
+      return kernels_.panelled(args_, rows(expert)) ? blocks(kernels_.tiles(rows(expert)), kTiles) : 0;
+    });
+    const double work = static_cast<double>(layer_.routing.rows) * static_cast<double>(args_.hidden);
+    return runner_.run(work, tasks.count(), [&](int64_t i) {
+      const auto [expert, part] = tasks.at(i);
+      const int64_t last = std::min(kernels_.tiles(rows(expert)), (part + 1) * kTiles);
+      kernels_.gather(layer_, expert, part * kTiles, last);
+    });
   }
-  return ran ? MODES_OK : fail(message, MODES_PARALLEL_FOR, "the caller's parallel_for failed");
-}
+
+  int64_t gate_up_parts(int64_t expert, Cut cut) const {
+    const int64_t tiles = kernels_.panelled(args_, rows(expert)) ? blocks(kernels_.tiles(rows(expert)), cut.tiles) : 1;
+    return blocks(args_.intermediate, cut.columns) * tiles;
+  }
+
+  bool gate_up() {
+    Cut cut{};
+    for (const Cut& next : {Cut{96, 32}, Cut{96, 16}, Cut{48, 8}, Cut{16, 8}}) {
+      cut = next;
+      int64_t tasks = 0;
+      for (int64_t a = 0; a < layer_.routing.active; ++a) tasks += gate_up_parts(layer_.routing.active_expert[a], cut);
+      if (tasks >= kEnoughTasks) break;
+    }
+    const Tasks tasks(layer_.routing, start_, [&](int64_t expert) { return gate_up_parts(expert, cut); });
+    const int64_t columns = blocks(args_.intermediate, cut.columns);
+    return runner_.run(4 * static_cast<double>(layer_.routing.rows) * size(), tasks.count(), [&](int64_t i) {
+      const auto [expert, part] = tasks.at(i);
+      const int64_t first = part % columns * cut.columns, last = std::min(args_.intermediate, first + cut.columns);
+      const int64_t tile = part / columns * cut.tiles, most = std::min(rows(expert), cut.tiles * kernels_.tile_rows);
+      std::optional<Scratch> panel;
+      if (kernels_.panelled(args_, rows(expert)) && !scratch(&panel, kernels_.panel_words(most, args_.hidden))) return;
+      kernels_.gate_up(layer_, expert, tile, std::min(kernels_.tiles(rows(expert)), tile + cut.tiles), first, last,
+                       panel ? static_cast<float*>(panel->data()) : nullptr);
+    });
+  }
+
+  bool down() {
+    const int64_t tokens = layer_.routing.last_token - layer_.routing.first_token;
+    // Wider strips read rows less often; narrower ones make enough tasks of a small layer.
+    const int64_t width = std::max(kernels_.panel_columns, blocks(args_.hidden, 64) >= 64 ? int64_t{64} : int64_t{32});
+    int64_t most = 0;  // rows of an expert
+    for (int64_t e = 0; e < args_.experts; ++e) most = std::max(most, rows(e));
+    const int64_t strip = tokens * width, panel = kernels_.panel_words(most, args_.intermediate);
+    const double work = 2 * static_cast<double>(layer_.routing.rows) * size();
+    return runner_.run(work, blocks(args_.hidden, width), [&](int64_t i) {
+      std::optional<Scratch> own;
+      if (!scratch(&own, panel + strip)) return;
+      float* memory = static_cast<float*>(own->data());
+      kernels_.down(layer_, i * width, std::min(args_.hidden, (i + 1) * width), memory + panel, memory);
+    });
+  }
+
+  // Memory of one task; false, and noted, when there is none.
+  bool scratch(std::optional<Scratch>* own, int64_t floats) {
+    if (own->emplace(static_cast<size_t>(floats) * sizeof(float)).data()) return true;
+    no_memory_ = true;
+    return false;
+  }
+
+  const modes_args& args_;
+  const Runner& runner_;
+  const ExpertKernels& kernels_;
+  const int64_t tokens_, capacity_;  // of a round
+  Layer layer_{};
+  int64_t* start_ = nullptr;
+  float* wide_ = nullptr;
+  std::atomic<bool> no_memory_{false};
+};
 
 }  // namespace
-
-const ExpertKernels& expert_kernels() {
-#if defined(__x86_64__)
-  static const ExpertKernels& chosen = []() -> const ExpertKernels& {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const char* text = std::getenv("MODES_CPU_ISA");
-    const std::string_view most = text ? text : "";
-    if (!avx2 || most == "baseline") return kBaselineKernels;
-    return avx512 && most != "avx2" ? kAvx512Kernels : kAvx2Kernels;
-  }();
-  return chosen;
-#else
-  return kBaselineKernels;
-#endif
-}
-
 }  // namespace modes
 
 const char* modes_version(void) { return MODES_VERSION; }
-
-const char* modes_cpu_isa(void) { return modes::expert_kernels().isa; }
 
 modes_status modes_cpu_workspace_size(const modes_args* args, size_t* bytes, modes_message* message) {
   if (message) message->text[0] = '\0';
@@ -149,7 +208,8 @@ modes_status modes_cpu_workspace_size(const modes_args* args, size_t* bytes, mod
 modes_status modes_cpu_skip_experts(const modes_args* args, const modes_parallel_for* parallel_for, void* workspace,
                                     size_t workspace_bytes, modes_message* message) {
   if (message) message->text[0] = '\0';
-  modes_status status = modes::check_sizes(args, message);
+  modes_status status = modes::check_isa(message);
+  if (status == MODES_OK) status = modes::check_sizes(args, message);
   if (status == MODES_OK) status = modes::check_pointers(*args, message);
   if (status != MODES_OK) return status;
   if (args->kept) std::fill(args->kept, args->kept + args->groups, 0);
@@ -167,5 +227,6 @@ modes_status modes_cpu_skip_experts(const modes_args* args, const modes_parallel
     workspace = own.emplace(layout.bytes).data();
     if (!workspace) return modes::fail(message, MODES_NO_MEMORY, "no memory for %zu bytes of workspace", layout.bytes);
   }
-  return modes::run_layer(*args, modes::Runner(parallel_for, args->threads), layout, workspace, message);
+  const modes::Runner runner(parallel_for, args->threads);
+  return modes::Call(*args, runner, layout, static_cast<unsigned char*>(workspace)).run(message);
 }

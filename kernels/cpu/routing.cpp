@@ -35,13 +35,13 @@ modes_status check_routes(const modes_args& args, modes_message* message) {
   return MODES_OK;
 }
 
-void route_tokens(const modes_args& args, int64_t first_token, int64_t capacity, Routing* routing) {
-  const int64_t k = args.top_k;
+void route_tokens(const modes_args& args, int64_t first_token, int64_t tokens, int64_t capacity, Routing* routing) {
+  const int64_t k = args.top_k, end = std::min(args.tokens, first_token + tokens);
   std::fill(routing->offsets, routing->offsets + args.experts + 1, 0);
 
   // Decide every pair; count the rows of each expert one place up, so that the running sum below gives the offsets.
   int64_t rows = 0, t = first_token;
-  for (; t < args.tokens && rows + k <= capacity; ++t) {
+  for (; t < end && rows + k <= capacity; ++t) {
     const int32_t group = args.group[t];
     const float tau = args.tau[group];
     const auto weight = [&](int64_t j) { return read_element(args.expert_weights, t * k + j, args.activation_dtype); };
@@ -52,7 +52,7 @@ void route_tokens(const modes_args& args, int64_t first_token, int64_t capacity,
       const int64_t scale = args.score_scale_per_expert ? group * args.experts + expert : group;
       const float score = args.score ? args.score[t * k + j] : route_score(args.score_scale[scale], weight(j), sum);
       const bool keep = route_keep(score, tau);
-      routing->position[(t - first_token) * k + j] = keep ? 0 : -1;
+      routing->keep[(t - first_token) * k + j] = keep;
       routing->offsets[expert + 1] += keep;
       kept += keep;
     }
@@ -67,10 +67,10 @@ void route_tokens(const modes_args& args, int64_t first_token, int64_t capacity,
     routing->cursor[e] = routing->offsets[e];
   }
   for (int64_t pair = 0; pair < (t - first_token) * k; ++pair) {
-    if (routing->position[pair] < 0) continue;
-    const int64_t row = routing->cursor[expert_id(args, first_token * k + pair)]++;
-    routing->position[pair] = static_cast<int32_t>(row);
+    if (!routing->keep[pair]) continue;
+    const int64_t at = first_token * k + pair, row = routing->cursor[expert_id(args, at)]++;
     routing->row_token[row] = first_token + pair / k;
+    routing->row_weight[row] = read_element(args.expert_weights, at, args.activation_dtype);
   }
   routing->first_token = first_token;
   routing->last_token = t;

@@ -15,7 +15,7 @@ struct Buffer {
 };
 
 // Buffers waiting to be used again. Few, and none of unusual size: what is larger goes back to the system at once.
-constexpr int kSlots = 4;
+constexpr int kSlots = 72;  // the tasks of 64 threads, and some calls
 constexpr size_t kLargestKept = size_t{256} << 20;
 std::mutex shelf_mutex;
 Buffer shelf[kSlots];

@@ -4,7 +4,7 @@
  *     pi    = w[t,j] / (w[t,0] + ... + w[t,k-1])                  sum taken in slot order, float32
  *     s     = score ? score[t,j] : score_scale[group[t](, expert)] * pi
  *     keep  = s >= tau[group[t]]
- *   out[t]  = sum over kept j, in slot order, of w[t,j] * expert_e(x[t])       e = expert_ids[t,j]
+ *   out[t]  = sum over kept j, in a fixed order, of w[t,j] * expert_e(x[t])    e = expert_ids[t,j]
  *   expert_e(v) = down[e] . act(gate[e] . v + gate_bias[e], up[e] . v + up_bias[e]) + down_bias[e]
  *
  * This is the modulated threshold of MoDES (arXiv:2511.15690, eq. 3 and 5): score_scale is the layer importance alpha
@@ -14,7 +14,10 @@
  * tau = 0 keeps every pair, tau = +inf none (the output is then exactly 0). A comparison with NaN keeps the pair:
  * the NaN of one token shows in that token's output, and in no other's, instead of turning into zeros.
  *
- * Sums are float32 whatever the dtypes. Same input, same bits, whatever the number of threads (not: whatever the CPU).
+ * Sums are float32 whatever the dtypes. With bfloat16 activations and weights, act(...) is rounded to bfloat16 before it
+ * meets `down` where the CPU multiplies bfloat16 (as PyTorch does). Same input, same bits, whatever the number of threads.
+ * Not the same bits: on another instruction set, or for a token among other tokens (an expert with many rows is summed in
+ * another order than one with few).
  * Offsets are 64-bit. Nothing is retained after a call returns. Calls may run at the same time from many threads.
  */
 #ifndef MODES_H_
@@ -104,7 +107,8 @@ typedef struct modes_message {
 MODES_EXPORT const char* modes_version(void);
 
 /* Scratch bytes that modes_cpu_skip_experts needs for these sizes and dtypes; pointers are not read. Grows with the
- * tokens up to about 128 MiB; float16 and bfloat16 activations add a float32 copy of x. */
+ * tokens up to about 128 MiB; float16 and bfloat16 activations may add a float32 copy of x. Threads take a few hundred KiB
+ * each on top, which the library keeps between calls. */
 MODES_EXPORT modes_status modes_cpu_workspace_size(const modes_args* args, size_t* bytes, modes_message* message);
 
 /* Host memory only. `parallel_for` null: the library's own threads. `workspace` null: scratch memory that the library
@@ -117,8 +121,9 @@ MODES_EXPORT modes_status modes_cpu_skip_experts(const modes_args* args, const m
 MODES_EXPORT void modes_cpu_set_threads(int32_t threads);
 MODES_EXPORT int32_t modes_cpu_threads(void);
 
-/* The instruction set the expert kernels were chosen for: "avx512", "avx2" or "baseline". The widest that the CPU has;
- * $MODES_CPU_ISA names a narrower one (to compare, or to test them all on one machine). */
+/* The instruction set the expert kernels were chosen for: "avx512_bf16", "avx512", "avx2" or "baseline". The widest that
+ * the CPU has; $MODES_ISA names a narrower one (to compare, or to test them all on one machine). When it names something
+ * else, every call fails with MODES_BAD_ARGUMENT. */
 MODES_EXPORT const char* modes_cpu_isa(void);
 
 #ifdef __cplusplus

@@ -9,7 +9,10 @@ Importing this module defines `torch.ops.modes.skip_experts`, for the CPU and fo
 
 import ctypes
 import functools
+import weakref
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ REBUILD = "install the package again: `pip install modes`, or `pip install -e . 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ID_DTYPES = {torch.int64: 0, torch.int32: 1}
+_INT32, _FLOAT32 = (torch.int32,), (torch.float32,)
 
 
 class _Args(ctypes.Structure):
@@ -99,20 +103,150 @@ def isa() -> str:
     return str(load().modes_cpu_isa().decode())
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtypes: Container[torch.dtype]) -> None:
+    """Raise what is wrong with a tensor."""
     if tuple(tensor.shape) != shape:
         raise KernelError(f"{name} has shape `{list(tensor.shape)}`, expected {names} = {list(shape)}")
     if tensor.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in (*_DTYPES, *_ID_DTYPES) if dtype in dtypes)
         raise KernelError(f"{name} is `{str(tensor.dtype).removeprefix('torch.')}`, expected {expected}")
     if tensor.device.type != "cpu":
         raise KernelError(f"{name} is on `{tensor.device}`, expected the CPU")
+    # A silent copy of an expert stack would cost more than the layer.
+    raise KernelError(f"{name} is not contiguous (strides `{list(tensor.stride())}`)", hint="store it contiguous, once")
 
 
-def _expect_weight(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtype: torch.dtype) -> None:
-    _expect(name, tensor, shape, names, (dtype,))
-    if not tensor.is_contiguous():  # a silent copy of an expert stack would cost more than the layer
-        raise KernelError(f"{name} is not contiguous (strides `{list(tensor.stride())}`)", hint="store it contiguous, once")
+def _input(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtypes: Container[torch.dtype]) -> Tensor:
+    """The tensor, contiguous, if it is as expected. A call checks seven: nothing slow before something is wrong."""
+    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_cpu:
+        _refuse(name, tensor, shape, names, dtypes)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _in_place(name: str, tensor: Tensor, shape: tuple[int, ...], names: str, dtypes: Container[torch.dtype]) -> None:
+    """Refuse a tensor that is not as expected, or not contiguous."""
+    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_cpu or not tensor.is_contiguous():
+        _refuse(name, tensor, shape, names, dtypes)
+
+
+class Experts:
+    """The experts of one layer, checked once; a call checks what varies. For the arguments see `skip_experts`.
+
+    The weights are not kept alive, nor are they copied: whoever made them may free or replace them at any time.
+    `stands_for` says whether this object is still about the given tensors, and a call refuses when it is not.
+    """
+
+    def __init__(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        activation: str = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        transposed: bool = False,
+        interleaved: bool = False,
+    ) -> None:
+        if down.dim() != 3:
+            raise KernelError(f"down has shape `{list(down.shape)}`, expected three dimensions")
+        if activation not in ACTIVATIONS:
+            raise KernelError(f"activation is `{activation}`, expected one of {', '.join(ACTIVATIONS)}")
+        E, H, I = down.shape[0], down.shape[2 if transposed else 1], down.shape[1 if transposed else 2]  # noqa: E741
+        names = "[E, H, 2I]" if transposed else "[E, 2I, H]"
+        _in_place("gate_up", gate_up, (E, H, 2 * I) if transposed else (E, 2 * I, H), names, _DTYPES)
+        dtypes = (gate_up.dtype,)
+        _in_place("down", down, tuple(down.shape), "[E, I, H]" if transposed else "[E, H, I]", dtypes)
+        if gate_up_bias is not None:
+            _in_place("gate_up_bias", gate_up_bias, (E, 2 * I), "[E, 2I]", dtypes)
+        if down_bias is not None:
+            _in_place("down_bias", down_bias, (E, H), "[E, H]", dtypes)
+        self.hidden, self.num_experts, self.dtype = H, E, gate_up.dtype
+        given = (gate_up, down, gate_up_bias, down_bias)
+        self._weights = tuple(None if t is None else (weakref.ref(t), t.data_ptr(), t.shape, t.dtype) for t in given)
+        self._prepared = _Args(
+            struct_size=ctypes.sizeof(_Args),
+            hidden=H,
+            intermediate=I,
+            experts=E,
+            weight_dtype=_DTYPES[gate_up.dtype],
+            activation=ACTIVATIONS[activation],
+            alpha=alpha,
+            limit=limit,
+            transposed=transposed,
+            interleaved=interleaved,
+            gate_up=gate_up.data_ptr(),
+            down=down.data_ptr(),
+            gate_up_bias=None if gate_up_bias is None else gate_up_bias.data_ptr(),
+            down_bias=None if down_bias is None else down_bias.data_ptr(),
+        )
+        self._run = load().modes_cpu_skip_experts
+
+    def stands_for(self, *given: Tensor | None) -> bool:
+        """Whether these are the tensors that were checked: the same objects, with the same memory."""
+        return len(given) == len(self._weights) and all(map(_unchanged, self._weights, given))
+
+    def __call__(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        group: Tensor,
+        tau: Tensor,
+        score_scale: Tensor,
+        *,
+        score: Tensor | None = None,
+        kept: Tensor | None = None,
+        threads: int | None = None,
+    ) -> Tensor:
+        weights = [None if known is None else known[0]() for known in self._weights]  # held until the call returns
+        if not self.stands_for(*weights):
+            raise KernelError("the experts' weights were freed or replaced since they were checked")
+        if x.dim() != 2 or expert_ids.dim() != 2 or tau.dim() != 1:
+            shapes = ", ".join(f"`{list(tensor.shape)}`" for tensor in (x, expert_ids, tau))
+            raise KernelError(f"x, expert_ids, tau have shapes {shapes}, expected [T, H], [T, k] and [G]")
+        T, k = x.shape[0], expert_ids.shape[1]
+        G, E, dtype = tau.shape[0], self.num_experts, x.dtype
+        per_expert = score_scale.dim() == 2
+        # Bound to names, so that copies live until the call returns.
+        x = _input("x", x, (T, self.hidden), "[T, H]", _DTYPES)
+        expert_ids = _input("expert_ids", expert_ids, (T, k), "[T, k]", _ID_DTYPES)
+        expert_weights = _input("expert_weights", expert_weights, (T, k), "[T, k]", (dtype,))
+        group = _input("group", group, (T,), "[T]", _INT32)
+        tau = _input("tau", tau, (G,), "[G]", _FLOAT32)
+        names = "[G, E]" if per_expert else "[G]"
+        score_scale = _input("score_scale", score_scale, (G, E) if per_expert else (G,), names, _FLOAT32)
+        if score is not None:
+            score = _input("score", score, (T, k), "[T, k]", _FLOAT32)
+        if kept is not None:
+            _in_place("kept", kept, (G,), "[G]", (torch.int64,))
+        out = torch.empty_like(x)
+
+        args: Any = _Args.from_buffer_copy(self._prepared)  # a struct of its own: calls may run at the same time
+        args.tokens, args.top_k, args.groups = T, k, G
+        args.activation_dtype, args.id_dtype = _DTYPES[dtype], _ID_DTYPES[expert_ids.dtype]
+        args.score_scale_per_expert = per_expert
+        args.threads = torch.get_num_threads() if threads is None else threads
+        args.x, args.expert_ids, args.expert_weights = x.data_ptr(), expert_ids.data_ptr(), expert_weights.data_ptr()
+        args.group, args.tau, args.score_scale = group.data_ptr(), tau.data_ptr(), score_scale.data_ptr()
+        args.score = None if score is None else score.data_ptr()
+        args.kept = None if kept is None else kept.data_ptr()
+        args.out = out.data_ptr()
+        message = _Message()
+        if self._run(ctypes.byref(args), None, None, 0, ctypes.byref(message)):
+            raise KernelError(message.text.decode(errors="replace"))
+        return out
+
+
+_Checked = tuple["weakref.ref[Tensor]", int, torch.Size, torch.dtype]
+
+
+def _unchanged(known: _Checked | None, tensor: Tensor | None) -> bool:
+    if known is None or tensor is None:
+        return known is None and tensor is None
+    reference, pointer, shape, dtype = known
+    # `module.to(...)` gives a parameter other memory, which may even lie at the old address.
+    return reference() is tensor and tensor.data_ptr() == pointer and tensor.dtype is dtype and tensor.shape == shape
 
 
 def skip_experts(
@@ -148,80 +282,11 @@ def skip_experts(
 
     Returns [T, H] A. Raises KernelError on shapes, dtypes, an expert id or a group that is out of range.
     """
-    if x.dim() != 2 or expert_ids.dim() != 2 or tau.dim() != 1 or down.dim() != 3:
-        raise KernelError(
-            f"x, expert_ids, tau, down have shapes `{list(x.shape)}`, `{list(expert_ids.shape)}`, `{list(tau.shape)}`, "
-            f"`{list(down.shape)}`, expected [T, H], [T, k], [G] and three dimensions"
-        )
-    if activation not in ACTIVATIONS:
-        raise KernelError(f"activation is `{activation}`, expected one of {', '.join(ACTIVATIONS)}")
-    T, H = x.shape
-    k, G, E = expert_ids.shape[1], tau.shape[0], down.shape[0]
-    I = down.shape[1] if transposed else down.shape[2]  # noqa: E741
-    _expect("x", x, (T, H), "[T, H]", tuple(_DTYPES))
-    _expect("expert_ids", expert_ids, (T, k), "[T, k]", tuple(_ID_DTYPES))
-    _expect("expert_weights", expert_weights, (T, k), "[T, k]", (x.dtype,))
-    _expect("group", group, (T,), "[T]", (torch.int32,))
-    _expect("tau", tau, (G,), "[G]", (torch.float32,))
-    per_expert = score_scale.dim() == 2
-    _expect("score_scale", score_scale, (G, E) if per_expert else (G,), "[G, E]" if per_expert else "[G]", (torch.float32,))
-    _expect("gate_up", gate_up, (E, H, 2 * I) if transposed else (E, 2 * I, H), "[E, 2I, H]", tuple(_DTYPES))
-    _expect_weight("gate_up", gate_up, tuple(gate_up.shape), "", gate_up.dtype)
-    _expect_weight("down", down, (E, I, H) if transposed else (E, H, I), "[E, H, I]", gate_up.dtype)
-    if gate_up_bias is not None:
-        _expect_weight("gate_up_bias", gate_up_bias, (E, 2 * I), "[E, 2I]", gate_up.dtype)
-    if down_bias is not None:
-        _expect_weight("down_bias", down_bias, (E, H), "[E, H]", gate_up.dtype)
-    if score is not None:
-        _expect("score", score, (T, k), "[T, k]", (torch.float32,))
-    if kept is not None:
-        _expect_weight("kept", kept, (G,), "[G]", torch.int64)
-
-    # Bound to names, so that copies live until the call returns.
-    x, expert_ids, expert_weights = x.contiguous(), expert_ids.contiguous(), expert_weights.contiguous()
-    group, tau, score_scale = group.contiguous(), tau.contiguous(), score_scale.contiguous()
-    score = None if score is None else score.contiguous()
-    out = torch.empty_like(x)
-
-    args = _Args(
-        struct_size=ctypes.sizeof(_Args),
-        tokens=T,
-        hidden=H,
-        intermediate=I,
-        experts=E,
-        top_k=k,
-        groups=G,
-        activation_dtype=_DTYPES[x.dtype],
-        weight_dtype=_DTYPES[gate_up.dtype],
-        id_dtype=_ID_DTYPES[expert_ids.dtype],
-        activation=ACTIVATIONS[activation],
-        alpha=alpha,
-        limit=limit,
-        transposed=transposed,
-        interleaved=interleaved,
-        score_scale_per_expert=per_expert,
-        threads=torch.get_num_threads() if threads is None else threads,
-        x=x.data_ptr(),
-        expert_ids=expert_ids.data_ptr(),
-        expert_weights=expert_weights.data_ptr(),
-        group=group.data_ptr(),
-        tau=tau.data_ptr(),
-        score_scale=score_scale.data_ptr(),
-        score=None if score is None else score.data_ptr(),
-        gate_up=gate_up.data_ptr(),
-        down=down.data_ptr(),
-        gate_up_bias=None if gate_up_bias is None else gate_up_bias.data_ptr(),
-        down_bias=None if down_bias is None else down_bias.data_ptr(),
-        out=out.data_ptr(),
-        kept=None if kept is None else kept.data_ptr(),
-    )
-    message = _Message()
-    if load().modes_cpu_skip_experts(ctypes.byref(args), None, None, 0, ctypes.byref(message)):
-        raise KernelError(message.text.decode(errors="replace"))
-    return out
+    experts = Experts(gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, transposed, interleaved)
+    return experts(x, expert_ids, expert_weights, group, tau, score_scale, score=score, kept=kept, threads=threads)
 
 
-def _fake(x: Tensor, *_others: object) -> Tensor:
+def _fake(x: Tensor, *_others: object, **_score: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -230,7 +295,7 @@ _OPERATORS = torch.library.Library("modes", "FRAGMENT")
 _OPERATORS.define(
     "skip_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor group, Tensor tau, Tensor score_scale, "
     "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, float limit, "
-    "bool transposed, bool interleaved) -> Tensor"
+    "bool transposed, bool interleaved, *, Tensor? score=None) -> Tensor"
 )
 _OPERATORS.impl("skip_experts", skip_experts, "CPU")
 torch.library.register_fake("modes::skip_experts", _fake, lib=_OPERATORS)

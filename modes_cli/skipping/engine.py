@@ -1,9 +1,10 @@
 """Skipping inside a transformers model, without a copy of its modeling code.
 
 The engine registers an implementation named `modes` with transformers' experts interface. When a block's experts are
-called, the pairs that a rule keeps are handed to the implementation that was configured before, each as a "token with one
-expert"; skipped pairs are never computed. If every pair is kept, the call is passed on unchanged, so that tau = 0 gives
-the unmodified model's logits bit for bit.
+called and a rule skips some of their pairs, the kept ones are computed by the operator (`modes_cli.skipping.operator`), or
+where that cannot be, by the implementation that was configured before, each pair as a "token with one expert"; skipped
+pairs are never computed. If every pair is kept, the call is passed on unchanged, so that tau = 0 gives the unmodified
+model's logits bit for bit.
 
 Classes outside the interface (step3p7) get the same through their instance's `forward`.
 """
@@ -22,11 +23,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from modes_cli.errors import ModesError
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.skipping.operator import Base, BlockOperator, Implementation
 from modes_cli.skipping.policy import Rule, routing_probability
 from modes_cli.skipping.statistics import PairCounts
 
 IMPLEMENTATION = "modes"
-Base = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class SkipEngine:
 
     Attributes:
         rule: what is kept; None keeps all.
-        drop: routed experts that contribute nothing, whatever the rule says.
+        drop: routed experts that contribute nothing, whatever the rule says. Without a rule transformers computes the
+            others, so that what a drop changes is not mixed with the last bits of another implementation.
         watch: called with each layer's routing.
         counts: kept and total pairs since `counts.reset()`; only filled while a rule is set.
         pad_id: what `generate` feeds for rows of a batch that have ended; such rows are padding, not tokens.
+        use_operator: False leaves all computing to transformers; `implementations` says what computes each block.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: list[MoEBlock], tokens: TokenGroups) -> None:
@@ -65,11 +68,20 @@ class SkipEngine:
         self.watch: Callable[[Routing], None] | None = None
         self.counts = PairCounts(len(blocks))
         self.pad_id: int | None = None
+        self.use_operator = True
         self._group: Tensor | None = None  # (B * S,) of the running forward
         self._real: Tensor | None = None  # (B * S,) bool: not padding
         self._phase = 0
         self._undo: list[Callable[[], None]] = []
+        self._operators: dict[int, BlockOperator] = {}  # by the block's index
         self._install()
+
+    @property
+    def implementations(self) -> list[Implementation]:
+        """What computed each block when it last skipped pairs, and why."""
+        if not self.use_operator:
+            return [Implementation("transformers", "the operator is switched off")] * len(self.blocks)
+        return [self._operators[block.index].implementation for block in self.blocks]
 
     # -- installing and removing ------------------------------------------------------------------------------------
 
@@ -89,6 +101,7 @@ class SkipEngine:
                 experts._modes_base = original
                 experts.forward = partial(_experts_forward, experts)
                 self._undo.append(partial(experts.__dict__.pop, "forward", None))
+            self._operators[block.index] = BlockOperator(block, experts._modes_base)
         self._set_implementation()
 
     def _set_implementation(self) -> None:
@@ -145,14 +158,20 @@ class SkipEngine:
         keep = None
         if self.rule is not None:
             keep = self.rule.keep(routing_probability(weights), block.index, group)
-            self.counts.add(self._phase, block.index, group[real], keep[real].sum(-1), index.shape[1])
+            self.counts.add(self._phase, block.index, group, keep.sum(-1), index.shape[1], real)
         if self.drop is not None and self.drop.layer == block.index:
             lost = torch.ones_like(group, dtype=torch.bool) if self.drop.group is None else group == self.drop.group
             kept_tokens = ~lost[:, None].expand_as(weights)
             keep = kept_tokens if keep is None else keep & kept_tokens
-        if keep is None or bool(keep.all()):
+        kept = index.numel() if keep is None else int(keep.sum())
+        if keep is None or kept == index.numel():
             return base(hidden, index, weights)
-        return _survivors(base, hidden, index, weights, keep)
+        if not kept:
+            return torch.zeros_like(hidden)
+        out = None
+        if self.use_operator and self.rule is not None:  # a drop alone is compared with the full forward, bit for bit
+            out = self._operators[block.index](hidden, index, weights, keep)
+        return _survivors(base, hidden, index, weights, keep) if out is None else out
 
     def _tokens_of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self._group is None or self._real is None or self._group.numel() != hidden.shape[0]:
@@ -183,10 +202,9 @@ def _survivors(base: Base, hidden: Tensor, index: Tensor, weights: Tensor, keep:
     """Only the kept pairs: each goes through `base` with weight 1, is weighted outside, and summed in float32."""
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     token, slot = keep.nonzero(as_tuple=True)
-    if token.numel():
-        w = weights[token, slot][:, None]
-        rows = base(hidden[token], index[token, slot][:, None], torch.ones_like(w))
-        out.index_add_(0, token, (rows * w).float())
+    w = weights[token, slot][:, None]
+    rows = base(hidden[token], index[token, slot][:, None], torch.ones_like(w))
+    out.index_add_(0, token, (rows * w).float())
     return out.to(hidden.dtype)
 
 

@@ -47,7 +47,7 @@ class Rule:
         """
         group = group.long()
         scale, tau = self.score_scale[layer].to(pi.device), self.tau.to(pi.device)
-        return scale[group, None] * pi >= tau[group, None]
+        return scale.index_select(0, group)[:, None] * pi >= tau.index_select(0, group)[:, None]
 
     @property
     def keeps_all(self) -> bool:
@@ -64,9 +64,10 @@ def routing_probability(weights: Tensor) -> Tensor:
     decided the same way everywhere. A factor that a model multiplies its weights with cancels out.
     """
     w = weights.float()
-    total = w[:, 0].clone()
-    for slot in range(1, w.shape[1]):
-        total += w[:, slot]
+    first, *others = w.unbind(1)
+    total = first.clone()
+    for slot in others:
+        total += slot
     return w / total[:, None]
 
 

@@ -25,15 +25,17 @@ class PairCounts:
         self.kept = torch.zeros(len(PHASES), self.layers, len(GROUPS), dtype=torch.int64)
         self.total = torch.zeros_like(self.kept)
 
-    def add(self, phase: int, layer: int, group: Tensor, kept_per_token: Tensor, top_k: int) -> None:
-        """Add one layer's call: `group` (tokens,) and `kept_per_token` (tokens,) of its real tokens."""
-        group = group.long()
-        tokens = torch.bincount(group, minlength=len(GROUPS)).cpu()
-        kept = (
-            torch.zeros(len(GROUPS), dtype=torch.int64, device=group.device).index_add_(0, group, kept_per_token.long()).cpu()
-        )
-        self.total[phase, layer] += tokens * top_k
-        self.kept[phase, layer] += kept
+    def add(
+        self, phase: int, layer: int, group: Tensor, kept_per_token: Tensor, top_k: int, real: Tensor | None = None
+    ) -> None:
+        """Add one layer's call: `group` (tokens,) and `kept_per_token` (tokens,); `real` (tokens,) is False at padding."""
+        kept = kept_per_token.long()
+        pairs = torch.stack([kept, torch.full_like(kept, top_k)])
+        if real is not None:
+            pairs *= real
+        sums = torch.zeros(2, len(GROUPS), dtype=torch.int64, device=group.device).index_add_(1, group.long(), pairs).cpu()
+        self.kept[phase, layer] += sums[0]
+        self.total[phase, layer] += sums[1]
 
     def skip_ratio(self) -> float:
         """Skipped share of all top-k pairs, special tokens' included."""

@@ -1,4 +1,8 @@
-"""The operator's definition in plain float32 torch, one pair at a time, and random layers to compare on."""
+"""The operator's definition in plain torch, and random layers to compare on.
+
+Twice: one pair at a time in float32, the plain reading of kernels/include/modes.h; one expert at a time in float64, for
+large layers and for measuring rounding.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -52,14 +56,14 @@ def keep_mask(case: Case) -> Tensor:
 
 
 def expert(case: Case, e: int, v: Tensor) -> Tensor:
-    """[H]: expert e of one token [H], in float32; the case holds float32 weights."""
+    """[..., H]: expert e of tokens [..., H], in their dtype, which the case's weights have too."""
     gate_up, down = case.gate_up[e], case.down[e]
     if case.transposed:
         gate_up, down = gate_up.T, down.T
-    both = gate_up @ v
+    both = v @ gate_up.T
     if case.gate_up_bias is not None:
-        both = both + case.gate_up_bias[e].float()
-    gate, up = (both[0::2], both[1::2]) if case.interleaved else both.chunk(2)
+        both = both + case.gate_up_bias[e].to(v.dtype)
+    gate, up = (both[..., 0::2], both[..., 1::2]) if case.interleaved else both.chunk(2, dim=-1)
     if case.activation == "silu":
         inner = torch.nn.functional.silu(gate) * up
     elif case.activation == "gelu_tanh":
@@ -67,8 +71,8 @@ def expert(case: Case, e: int, v: Tensor) -> Tensor:
     else:
         gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
         inner = gate * torch.sigmoid(ALPHA * gate) * (up + 1)
-    out = down @ inner
-    return out if case.down_bias is None else out + case.down_bias[e].float()
+    out = inner @ down.T
+    return out if case.down_bias is None else out + case.down_bias[e].to(v.dtype)
 
 
 def skip_experts(case: Case) -> Tensor:
@@ -81,6 +85,18 @@ def skip_experts(case: Case) -> Tensor:
             if keep[t, j]:
                 out[t] = out[t] + w[t, j] * expert(case, int(case.expert_ids[t, j]), case.x[t].float())
     return out.to(case.x.dtype)
+
+
+def skip_experts_float64(case: Case) -> Tensor:
+    """[T, H] float64."""
+    keep, w, x = keep_mask(case), case.expert_weights.double(), case.x.double()
+    case = case.but(gate_up=case.gate_up.double(), down=case.down.double())
+    out = torch.zeros(case.x.shape, dtype=torch.float64)
+    for e in range(case.down.shape[0]):
+        t, j = (keep & (case.expert_ids == e)).nonzero(as_tuple=True)
+        if len(t):
+            out.index_add_(0, t, w[t, j, None] * expert(case, e, x[t]))
+    return out
 
 
 def kept_pairs(case: Case) -> Tensor:
@@ -134,12 +150,26 @@ def random_case(
 
 
 def assert_close(actual: Tensor, case: Case) -> None:
-    """Equal to the reference within the rounding of x's dtype; names the first element that is not."""
-    expected = skip_experts(case)
-    assert actual.dtype == expected.dtype
+    """Equal to the float32 reference within the rounding of x's dtype; names the first element that is not."""
+    _compare(actual, skip_experts(case), case)
+
+
+def assert_close_to_float64(actual: Tensor, case: Case) -> None:
+    """The same for larger layers."""
+    _compare(actual, skip_experts_float64(case), case)
+
+
+def error(actual: Tensor, case: Case) -> float:
+    """Largest absolute error over the largest absolute value, against float64."""
+    expected = skip_experts_float64(case)
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
+
+
+def _compare(actual: Tensor, expected: Tensor, case: Case) -> None:
+    assert actual.dtype == case.x.dtype
     assert actual.shape == expected.shape
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[case.x.dtype]
-    a, b = actual.float(), expected.float()
+    a, b = actual.double(), expected.double()
     wrong = (a - b).abs() > tolerance * (1 + b.abs().amax(-1, keepdim=True))  # sums cancel: relative to the token's largest
     wrong |= a.isnan() != b.isnan()
     if wrong.any():

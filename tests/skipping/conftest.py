@@ -29,8 +29,9 @@ class Subject:
         return next(m for m in self.model.modules() if isinstance(m, PreTrainedModel) and m._can_set_experts_implementation())
 
     @contextmanager
-    def engine(self, tokens: TokenGroups = TOKENS) -> Iterator[SkipEngine]:
+    def engine(self, tokens: TokenGroups = TOKENS, *, use_operator: bool = True) -> Iterator[SkipEngine]:
         engine = SkipEngine(self.model, self.blocks, tokens)
+        engine.use_operator = use_operator
         try:
             yield engine
         finally:

@@ -25,10 +25,14 @@ THRESHOLDS = {
 
 @torch.no_grad()
 def generate(
-    subject: Subject, rule: Rule, tokens: TokenGroups = TOKENS
+    subject: Subject, rule: Rule, *, use_operator: bool = True
 ) -> tuple[list[reference.Call], torch.Tensor, PairCounts]:
     """Greedy text under a rule: the experts' calls, the ids fed in each of the NEW forwards joined, the counts."""
-    with subject.engine(tokens) as engine, reference.listening(subject.blocks) as calls, engine.using(rule=rule) as counts:
+    with (
+        subject.engine(use_operator=use_operator) as engine,
+        reference.listening(subject.blocks) as calls,
+        engine.using(rule=rule) as counts,
+    ):
         text = subject.model.generate(**subject.inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
     return calls, text[:, :-1], counts  # the last token is not fed
 
@@ -41,12 +45,13 @@ def fed(subject: Subject, ids: torch.Tensor, step: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
+@pytest.mark.parametrize("use_operator", [True, False])
 def test_exactly_the_pairs_of_the_rule_in_prefill_and_decode(
-    family: str, thresholds: str, subject: Callable[[str], Subject]
+    family: str, thresholds: str, use_operator: bool, subject: Callable[[str], Subject]
 ) -> None:
     it = subject(family)
     rule = reference.rule(len(it.blocks), *THRESHOLDS[thresholds], seed=5)
-    calls, ids, _ = generate(it, rule)
+    calls, ids, _ = generate(it, rule, use_operator=use_operator)
     assert len(calls) == NEW * len(it.blocks)
     for number, call in enumerate(calls):
         step = number // len(it.blocks)
@@ -114,7 +119,7 @@ def test_skipped_pairs_are_never_computed(family: str, thresholds: str, subject:
     group = TOKENS.of(it.inputs["input_ids"]).reshape(-1)
     with (
         reference.counting(it.inner) as computed,
-        it.engine() as engine,
+        it.engine(use_operator=False) as engine,
         reference.listening(it.blocks) as calls,
         engine.using(rule=rule),
     ):
