@@ -11,7 +11,7 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
 from kernels.bench.cases import Layer, Routed, Shape
-from modes_cli.runtime.kernels import skip_experts
+from modes_cli.runtime.kernels import Experts
 from modes_cli.skipping.engine import _survivors
 from modes_cli.skipping.policy import routing_probability
 
@@ -42,10 +42,11 @@ class Runtime(Protocol):
 
 
 class Ours:
-    """`modes_cli.runtime.kernels.skip_experts`."""
+    """`modes_cli.runtime.kernels.Experts`, as the engine calls it."""
 
     def __init__(self, layers: list[Layer]) -> None:
-        self.name, self._layers = OURS, layers
+        self.name = OURS
+        self._experts = [Experts(layer.gate_up, layer.down) for layer in layers]
         self.dtype = str(layers[0].down.dtype).removeprefix("torch.")
         self.weight_bytes = layers[0].down.itemsize
 
@@ -53,11 +54,8 @@ class Ours:
         return True
 
     def work(self, routed: Routed, ratio: float, threads: int) -> Callable[[], Tensor]:
-        layer = self._layers[routed.layer]
-        return partial(
-            skip_experts, routed.x, routed.ids, routed.weights, routed.group, routed.tau[ratio], routed.scale,
-            layer.gate_up, layer.down, threads=threads,
-        )  # fmt: skip
+        inputs = (routed.x, routed.ids, routed.weights, routed.group, routed.tau[ratio], routed.scale)
+        return partial(self._experts[routed.layer], *inputs, threads=threads)
 
 
 class Transformers:

@@ -227,16 +227,13 @@ template <class W, int32_t D, int N>
 MODES_INLINE void dot_rows(const unsigned char* const* row, int64_t count, const unsigned char* const* column, int64_t depth,
                            int64_t ahead, float (*out)[N]) {
   constexpr int kMost = N == kWideColumns ? kWideRows : kDotRows;
-  const auto tile = [&](auto fetch, int64_t first, int64_t last) __attribute__((always_inline)) {
-    with_constant<kMost>(static_cast<int>(last - first), [&](auto height) __attribute__((always_inline)) {
-      dot_tile<W, D, decltype(height)::value, N, decltype(fetch)::value>(row + first, column, depth, ahead, out + first);
+  const int64_t tiles = (count + kMost - 1) / kMost;
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int64_t height = (count - first) / (tiles - t);
+    with_constant<kMost>(static_cast<int>(height), [&](auto m) __attribute__((always_inline)) {
+      dot_tile<W, D, decltype(m)::value, N>(row + first, column, depth, ahead, out + first);
     });
-  };
-  if (count <= kMost) return tile(Constant<Fetch, Fetch::kAll>{}, 0, count);
-  if constexpr (N == kDotColumns) {
-    static_assert(kFewRows <= 2 * kDotRows, "at most two tiles");
-    tile(Constant<Fetch, Fetch::kFirstHalf>{}, 0, count / 2);
-    tile(Constant<Fetch, Fetch::kSecondHalf>{}, count / 2, count);
+    first += height;
   }
 }
 

@@ -19,23 +19,16 @@ constexpr int kDotRows = 3, kWideRows = 1, kPanelRows = 6;
 // Columns of a dot tile. With one to kWideRows rows, twice as many: memory is the limit, and more streams from it are faster.
 constexpr int kDotColumns = 4, kWideColumns = 8;
 constexpr int kPanelColumns = 2 * kLanes;
-// Up to this many rows an expert's weights are used in place: packing them would cost more than it saves.
-#ifdef MODES_FEW_ROWS
-constexpr int64_t kFewRows = MODES_FEW_ROWS;
-#else
-constexpr int64_t kFewRows = 2 * kDotRows;
-#endif
+// Up to this many rows an expert's weights are used in place, measured: packing them costs more than it saves.
+constexpr int64_t kFewRows = 4 * kDotRows;
 
-// out[i][j] = sum over depth of rows[i] * columns[j]. What comes next is fetched meanwhile, `ahead` bytes from each column:
-// all of it, or one half when another tile on the same columns fetches the other.
-enum class Fetch { kAll, kFirstHalf, kSecondHalf };
-template <class W, int32_t D, int M, int N, Fetch F>
+// out[i][j] = sum over depth of rows[i] * columns[j]. What comes next is fetched meanwhile, `ahead` bytes from each column.
+template <class W, int32_t D, int M, int N>
 MODES_INLINE void dot_tile(const unsigned char* const* rows, const unsigned char* const* columns, int64_t depth,
                            int64_t ahead, float (*out)[N]) {
   constexpr int kStep = kLanes * W::kElements;  // elements of depth
   constexpr int64_t kRowBytes = W::kPairs ? 2 : 4;
   constexpr int32_t kRowType = W::kPairs ? MODES_BF16 : MODES_F32;
-  constexpr int kFrom = F == Fetch::kSecondHalf ? N / 2 : 0, kTo = F == Fetch::kFirstHalf ? N / 2 : N;
   vfloat sum[M][N];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -49,7 +42,7 @@ MODES_INLINE void dot_tile(const unsigned char* const* rows, const unsigned char
     for (int i = 0; i < M; ++i) a[i] = load_depth<W, kRowType>(rows[i] + d * kRowBytes);
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
-      if (j >= kFrom && j < kTo) __builtin_prefetch(columns[j] + d * kBytes<D> + ahead, 0, 2);  // L1 holds what is in use
+      __builtin_prefetch(columns[j] + d * kBytes<D> + ahead, 0, 2);  // into L2: L1 holds what is in use
       const vfloat b = load_depth<W, D>(columns[j] + d * kBytes<D>);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) sum[i][j] = W::mac(sum[i][j], a[i], b);
