@@ -1,6 +1,7 @@
 # make setup   everything in .venv: a CPU build of torch where there is no NVIDIA GPU, then the package and its kernels
 # make demo    every step on the built-in model
 # make test    pytest
+# make sanitize  the kernel tests on libraries built with the address, undefined-behaviour and thread sanitizers
 # make lint    ruff, mypy, schemas in sync
 # make schemas schemas/ from modes_cli/artifacts
 # make clean   build outputs and caches; .venv and run folders stay
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.setup
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA)
 SOURCES := pyproject.toml $(shell find kernels -type f -not -path 'kernels/bench/*' 2>/dev/null)
 
-.PHONY: setup demo test lint schemas clean
+.PHONY: setup demo test sanitize lint schemas clean
 
 setup: $(STAMP)
 
@@ -42,6 +43,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tools.sanitize
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

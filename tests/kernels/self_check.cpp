@@ -274,7 +274,7 @@ void check_definition() {
 
 Layer split_layer(uint64_t seed) {
   const int32_t dtype = static_cast<int32_t>(seed % 3);
-  return Layer({60, 130, 140, 3, 2}, {dtype, dtype, static_cast<int32_t>(seed >> 1 & 1), 0, MODES_SILU, true, 0}, seed);
+  return Layer({40, 100, 90, 3, 2}, {dtype, dtype, static_cast<int32_t>(seed >> 1 & 1), 0, MODES_SILU, true, 0}, seed);
 }
 
 void check_threads() {

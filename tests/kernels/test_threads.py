@@ -18,7 +18,7 @@ THREADS = (2, 3, 4, 7, 16)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, weight_dtype: torch.dtype, transposed: bool) -> None:
     # large enough for tasks to be handed out in each step, experts of few rows and of many
     for tokens, experts in ((120, 7), (20, 7), (150, 1), (5, 1)):
-        case = random_case(tokens=tokens, hidden=350, intermediate=210, experts=experts, dtype=dtype,
+        case = random_case(tokens=tokens, hidden=250, intermediate=140, experts=experts, dtype=dtype,
                            weight_dtype=weight_dtype, transposed=transposed)  # fmt: skip
         alone = run(case, threads=1)
         for threads in THREADS:

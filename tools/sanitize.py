@@ -1,0 +1,116 @@
+"""Run the kernel tests on libraries built with sanitizers: `make sanitize`.
+
+    python -m tools.sanitize [address] [thread]
+
+address: invalid memory accesses and undefined behaviour, once for every instruction set that this machine has, and leaks;
+thread: data races. The library is built for both under build/sanitize; what is installed is left alone.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "sanitize"
+KERNELS, TESTS = ROOT / "kernels", ROOT / "tests" / "kernels"
+COMPILER = os.environ.get("CXX", "g++")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")  # widest first
+ARITHMETIC = ("isa", "memory", "shapes", "skip_experts", "threads")  # what differs between them
+# Python, torch and the test tools leak at exit; the driver below has none of them, and is checked for leaks.
+FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
+
+
+def run(*words: str | Path, **environment: str) -> None:
+    print("+", *(f"{name}={value}" for name, value in environment.items()), *words, flush=True)
+    subprocess.run([str(word) for word in words], cwd=ROOT, env={**os.environ, **environment}, check=True)
+
+
+def cmake() -> str:
+    """A CMake that is new enough; installed next to this Python where the system has none."""
+    for name in (str(Path(sys.executable).parent / "cmake"), shutil.which("cmake")):
+        if not name or not Path(name).exists():
+            continue
+        version = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+        if (match := re.search(r"(\d+)\.(\d+)", version)) and (int(match[1]), int(match[2])) >= (3, 24):
+            return name
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "cmake>=3.24")
+    return str(Path(sys.executable).parent / "cmake")
+
+
+def build(sanitizer: str) -> tuple[Path, Path]:
+    """The library and tests/kernels/self_check.cpp, both with the sanitizer."""
+    folder, make = BUILD / sanitizer, cmake()
+    run(make, "-S", KERNELS, "-B", folder, f"-DMODES_SANITIZE={sanitizer}", f"-DCMAKE_CXX_COMPILER={COMPILER}")
+    run(make, "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    library, check = folder / "libmodes_cpu.so", folder / "self_check"
+    run(COMPILER, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", *FLAGS[sanitizer].split(),
+        f"-I{KERNELS / 'include'}", TESTS / "self_check.cpp", library, "-o", check)  # fmt: skip
+    return library, check
+
+
+def runtime(name: str) -> str:
+    """A library of the compiler's, by its full path."""
+    done = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def instruction_sets(library: Path) -> tuple[str, ...]:
+    """Those that this machine has: the one the library takes unless told otherwise, and all narrower ones."""
+    code = (
+        "import ctypes, sys; isa = ctypes.CDLL(sys.argv[1]).modes_cpu_isa; isa.restype = ctypes.c_char_p; print(isa().decode())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MODES_ISA"} | preload()
+    widest = subprocess.run([sys.executable, "-c", code, library], env=environment, capture_output=True, text=True, check=True)
+    return INSTRUCTION_SETS[INSTRUCTION_SETS.index(widest.stdout.strip()) :]
+
+
+def preload() -> dict[str, str]:
+    """What a Python without sanitizer needs: the sanitizer first, and what it looks for when it starts."""
+    return {
+        "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def address() -> None:
+    library, check = build("address")
+    for index, isa in enumerate(instruction_sets(library)):
+        tests = ARITHMETIC if index else (*ARITHMETIC, "onnx_op", "torch_operator")
+        run(check, MODES_ISA=isa, ASAN_OPTIONS="detect_leaks=1")
+        files = [TESTS / f"test_{name}.py" for name in tests]
+        environment = {"MODES_ISA": isa, "MODES_TEST_LIBRARY": str(library), **preload()}
+        # What a sanitizer writes before it ends the process must not be captured.
+        run(sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *files, **environment)
+
+
+def thread() -> None:
+    _, check = build("thread")
+    # Its shadow memory needs addresses that randomisation may take; a container may forbid to turn that off.
+    fixed = ["setarch", "-R"]
+    if not shutil.which("setarch") or subprocess.run([*fixed, "true"], capture_output=True).returncode != 0:
+        fixed = []
+    run(*fixed, check, TSAN_OPTIONS="halt_on_error=1")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sanitizers", nargs="*", choices=[[], *FLAGS], help="default: both")
+    wanted = parser.parse_args().sanitizers or list(FLAGS)
+    try:
+        if "address" in wanted:
+            address()
+        if "thread" in wanted:
+            thread()
+    except subprocess.CalledProcessError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
