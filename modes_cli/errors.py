@@ -7,7 +7,9 @@ import errno
 import re
 
 LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
-_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
+_MEMORY_WORDS = (
+    "out of memory", "allocate memory", "not enough memory", "no memory for", "bad_alloc", "can't start new thread",
+)  # fmt: skip
 # oneDNN's whole words when memory for its generated code or its scratchpad is refused. What it does not support fails one
 # step earlier, at "a primitive descriptor".
 _MEMORY_MESSAGES = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
@@ -115,7 +117,9 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     said = str(error).strip().lower()
-    return isinstance(error, RuntimeError) and (said in _MEMORY_MESSAGES or any(words in said for words in _MEMORY_WORDS))
+    # ONNX Runtime's exceptions are its own, with no public base class.
+    library = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return library and (said in _MEMORY_MESSAGES or any(words in said for words in _MEMORY_WORDS))
 
 
 def first_line(error: BaseException) -> str:

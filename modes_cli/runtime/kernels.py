@@ -27,6 +27,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ID_DTYPES = {torch.int64: 0, torch.int32: 1}
 _INT32, _FLOAT32 = (torch.int32,), (torch.float32,)
+_NO_MEMORY = 6  # modes_status
 
 
 class _Args(ctypes.Structure):
@@ -233,8 +234,9 @@ class Experts:
         args.kept = None if kept is None else kept.data_ptr()
         args.out = out.data_ptr()
         message = _Message()
-        if self._run(ctypes.byref(args), None, None, 0, ctypes.byref(message)):
-            raise KernelError(message.text.decode(errors="replace"))
+        if status := self._run(ctypes.byref(args), None, None, 0, ctypes.byref(message)):
+            said = message.text.decode(errors="replace")
+            raise MemoryError(said) if status == _NO_MEMORY else KernelError(said)
         return out
 
 
@@ -280,7 +282,8 @@ def skip_experts(
     score: [T, k] float32, compared with tau instead of score_scale * pi. kept: [G] int64, receives the kept pairs of each
     group. threads: torch.get_num_threads() unless given; the result has the same bits for any number.
 
-    Returns [T, H] A. Raises KernelError on shapes, dtypes, an expert id or a group that is out of range.
+    Returns [T, H] A. Raises KernelError on shapes, dtypes, an expert id or a group that is out of range, MemoryError when
+    there is none for scratch space.
     """
     experts = Experts(gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, transposed, interleaved)
     return experts(x, expert_ids, expert_weights, group, tau, score_scale, score=score, kept=kept, threads=threads)

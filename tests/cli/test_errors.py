@@ -20,6 +20,9 @@ class OutOfMemoryError(RuntimeError):
     """Named like torch's."""
 
 
+Fail = type("Fail", (Exception,), {"__module__": "onnxruntime.capi.onnxruntime_pybind11_state"})
+
+
 @pytest.mark.parametrize(
     ("error", "code", "kind", "says", "hints"),
     [
@@ -51,6 +54,7 @@ class OutOfMemoryError(RuntimeError):
         ),
         (RuntimeError("could not create a primitive"), 1, "out_of_memory", "a primitive", "--batch-size"),
         (RuntimeError("could not create a primitive descriptor for a matmul"), 2, "unexpected", "descriptor", "--debug"),
+        (Fail("modes.SkipExperts: no memory for 64 bytes of workspace"), 1, "out_of_memory", "no memory", "--batch-size"),
         (RuntimeError("can't start new thread"), 1, "out_of_memory", "new thread", "--batch-size"),
         (no_space(), 1, "disk_full", "`thresholds.json`", "free some space"),
         (ZeroDivisionError("oops\nmore"), 2, "unexpected", "ZeroDivisionError: oops", "--debug"),
