@@ -22,6 +22,14 @@ struct Layer {
   float* inner;            // [rows, Iw] words: act(gate, up) of every row
 };
 
+// Always inlined: no copy compiled for one instruction set may serve another (common/half.h).
+__attribute__((always_inline)) inline bool is_panelled(const modes_args& args, int64_t rows, int64_t few_rows) {
+  return args.transposed || rows > few_rows;
+}
+__attribute__((always_inline)) inline int64_t tile_count(int64_t rows, int64_t tile_rows) {
+  return (rows + tile_rows - 1) / tile_rows;
+}
+
 struct ExpertKernels {
   const char* isa;
   int64_t word_elements;  // 1 or 2
@@ -41,8 +49,8 @@ struct ExpertKernels {
   // `panel`: of panel_words() of the most rows that an expert has.
   void (*down)(const Layer& layer, int64_t first, int64_t last, float* strip, float* panel);
 
-  bool panelled(const modes_args& args, int64_t rows) const { return args.transposed || rows > few_rows; }
-  int64_t tiles(int64_t rows) const { return (rows + tile_rows - 1) / tile_rows; }
+  bool panelled(const modes_args& args, int64_t rows) const { return is_panelled(args, rows, few_rows); }
+  int64_t tiles(int64_t rows) const { return tile_count(rows, tile_rows); }
   int64_t words(int64_t elements) const { return (elements + word_elements - 1) / word_elements; }
   int64_t panel_words(int64_t rows, int64_t depth) const {  // a block of packed weights, and the sums of the rows
     return (std::min(words(depth), block) + rows) * panel_columns;

@@ -84,8 +84,8 @@ struct Rows {
       : layer(layer_),
         first(layer_.routing.offsets[expert]),
         count(layer_.routing.offsets[expert + 1] - first),
-        tiles((count + kPanelRows - 1) / kPanelRows) {}
-  bool panelled() const { return layer.args->transposed || count > kFewRows; }
+        tiles(modes::tile_count(count, kPanelRows)) {}
+  bool panelled() const { return modes::is_panelled(*layer.args, count, kFewRows); }
   int64_t tile(int64_t t) const { return count * t / tiles; }  // first row of tile t, counted within the expert
 };
 
@@ -115,8 +115,8 @@ float* panel_sums(const Rows<W>& rows, int64_t t0, int64_t t1, const float* pack
   return sums;
 }
 
-// Weights where they are, a few rows: N columns are read from memory once and stay in L1 for all row tiles. The N columns
-// lie `columns / N` apart and move on together: that many streams at once come faster from memory than one.
+// Weights where they are, a few rows: N columns are read from memory once and stay in L1 for all row tiles. Callers take N
+// columns that lie apart and move on together: that many streams at once come faster from memory than one.
 template <class W, int32_t D, int N>
 MODES_INLINE void dot_rows(const unsigned char* const* row, int64_t count, const unsigned char* const* column, int64_t depth,
                            int64_t ahead, float (*out)[N]) {

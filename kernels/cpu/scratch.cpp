@@ -14,38 +14,56 @@ struct Buffer {
   size_t bytes;
 };
 
-// Buffers waiting to be used again. Few, and none of unusual size: what is larger goes back to the system at once.
-constexpr int kSlots = 72;  // the tasks of 64 threads, and some calls
-constexpr size_t kLargestKept = size_t{256} << 20;
-std::mutex shelf_mutex;
-Buffer shelf[kSlots];
+// Buffers waiting to be used again: one lends the smallest that is large enough, and takes back what is larger than its
+// smallest. Memory of calls and of their tasks is kept apart, or many tasks would let many calls' worth of memory stay.
+template <int Slots>
+class Shelf {
+ public:
+  Buffer take(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Buffer* found = nullptr;
+    for (Buffer& slot : slots_) {
+      if (slot.data && slot.bytes >= bytes && (!found || slot.bytes < found->bytes)) found = &slot;
+    }
+    return found ? std::exchange(*found, Buffer{}) : Buffer{};
+  }
+  // What is not kept, for the system.
+  void* give(Buffer buffer) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Buffer* smallest = &slots_[0];
+    for (Buffer& slot : slots_) {
+      if (slot.bytes < smallest->bytes) smallest = &slot;
+    }
+    return smallest->bytes < buffer.bytes ? std::exchange(*smallest, buffer).data : buffer.data;
+  }
+
+ private:
+  std::mutex mutex_;
+  Buffer slots_[Slots] = {};
+};
+
+// What is larger goes back to the system at once.
+constexpr size_t kLargestTask = size_t{4} << 20, kLargestCall = size_t{256} << 20;
+Shelf<64> tasks;
+Shelf<4> calls;
 
 }  // namespace
 
-Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_(bytes) {
-  {
-    std::lock_guard<std::mutex> lock(shelf_mutex);
-    for (Buffer& slot : shelf) {
-      if (!slot.data || slot.bytes < bytes) continue;
-      const Buffer taken = std::exchange(slot, Buffer{});
-      data_ = taken.data;
-      bytes_ = taken.bytes;
-      return;
-    }
-  }
+Scratch::Scratch(size_t bytes) {
+  const Buffer kept = bytes <= kLargestTask ? tasks.take(bytes) : calls.take(bytes);
+  data_ = kept.data;
+  bytes_ = kept.bytes;
+  if (data_) return;
   bytes_ = (bytes + MODES_ALIGNMENT - 1) / MODES_ALIGNMENT * MODES_ALIGNMENT;
   data_ = std::aligned_alloc(MODES_ALIGNMENT, bytes_);
 }
 
 Scratch::~Scratch() {
   void* unwanted = data_;
-  if (data_ && bytes_ <= kLargestKept) {
-    std::lock_guard<std::mutex> lock(shelf_mutex);
-    Buffer* smallest = &shelf[0];
-    for (Buffer& slot : shelf) {
-      if (slot.bytes < smallest->bytes) smallest = &slot;
-    }
-    if (smallest->bytes < bytes_) unwanted = std::exchange(*smallest, Buffer{data_, bytes_}).data;
+  if (data_ && bytes_ <= kLargestTask) {
+    unwanted = tasks.give({data_, bytes_});
+  } else if (data_ && bytes_ <= kLargestCall) {
+    unwanted = calls.give({data_, bytes_});
   }
   std::free(unwanted);
 }
