@@ -2,8 +2,8 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "common/message.h"
 #include "cpu/experts.h"
-#include "cpu/message.h"
 
 namespace modes {
 namespace {

@@ -6,11 +6,12 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/arguments.h"
+#include "common/arguments.h"
+#include "common/message.h"
 #include "cpu/experts.h"
-#include "cpu/message.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
+#include "cpu/workspace.h"
 #include "modes.h"
 
 namespace modes {

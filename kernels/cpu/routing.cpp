@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "common/half.h"
+#include "common/message.h"
 #include "common/route.h"
-#include "cpu/message.h"
 
 namespace modes {
 namespace {

@@ -42,11 +42,11 @@ typedef enum modes_status {
   MODES_BAD_SHAPE = 2,     /* a size that is not positive, or sizes whose product overflows */
   MODES_BAD_EXPERT_ID = 3, /* an expert id outside 0..E-1; the message names token and slot */
   MODES_BAD_GROUP = 4,     /* a group outside 0..G-1; the message names the token */
-  MODES_BAD_WORKSPACE = 5, /* the workspace is smaller than asked for, or not aligned to MODES_ALIGNMENT */
+  MODES_BAD_WORKSPACE = 5, /* the workspace is smaller than asked for, or not aligned */
   MODES_NO_MEMORY = 6,
   MODES_PARALLEL_FOR = 7, /* the caller's parallel_for returned non-zero */
-  MODES_NO_DEVICE = 8,
-  MODES_CUDA = 9
+  MODES_NO_DEVICE = 8, /* no CUDA device that the kernels run on, or no driver */
+  MODES_CUDA = 9       /* a CUDA call failed; the message has its error */
 } modes_status;
 
 typedef enum modes_dtype { MODES_F32 = 0, MODES_F16 = 1, MODES_BF16 = 2 } modes_dtype;
@@ -102,6 +102,7 @@ typedef struct modes_message {
 } modes_message;
 
 #define MODES_ALIGNMENT 64
+#define MODES_CUDA_ALIGNMENT 256 /* of a workspace on a CUDA device */
 
 /* "0.1.0" */
 MODES_EXPORT const char* modes_version(void);
@@ -125,6 +126,32 @@ MODES_EXPORT int32_t modes_cpu_threads(void);
  * the CPU has; $MODES_ISA names a narrower one (to compare, or to test them all on one machine). When it names something
  * else, every call fails with MODES_BAD_ARGUMENT. */
 MODES_EXPORT const char* modes_cpu_isa(void);
+
+/* ---- libmodes_cuda.so only ----
+ *
+ * Every pointer of the arguments, kept too, is memory of the current CUDA device. Nothing of it is read by the host: a
+ * call only launches, on `stream`, with grids that depend on sizes and the device alone, allocates nothing and waits for
+ * nothing. So it can be captured in a CUDA graph, and an expert id or a group that is out of range is not an error: all
+ * elements of that token's output become NaN, and the pair is not counted in kept. No atomics on floats: same input, same
+ * bits on the same kind of device.
+ *
+ * T * k is below 2^31, E at most 1024, k at most 64, H and I at most 2^20. */
+
+/* Devices that this process may use: 0, and MODES_OK, where there is none or no driver. */
+MODES_EXPORT modes_status modes_cuda_devices(int32_t* count, modes_message* message);
+
+/* Scratch bytes that modes_cuda_skip_experts needs for these sizes and dtypes; neither pointers nor a device are looked
+ * at. Never less for more tokens; many tokens are done in rounds, so that it stays near 2 GiB. */
+MODES_EXPORT modes_status modes_cuda_workspace_size(const modes_args* args, size_t* bytes, modes_message* message);
+
+/* The kernels that would compute these arguments on the current device, or the first round of them: "hopper", "decode",
+ * "mma", "float" or "plain". $MODES_CUDA_PATH forces one: MODES_BAD_ARGUMENT where that does not fit. */
+MODES_EXPORT modes_status modes_cuda_path(const modes_args* args, const char** name, modes_message* message);
+
+/* `stream` is a cudaStream_t, null for the default stream. `workspace` is required, aligned to MODES_CUDA_ALIGNMENT, and
+ * in use until the stream has passed the call. `threads` has no effect. MODES_OK says that the work was launched. */
+MODES_EXPORT modes_status modes_cuda_skip_experts(const modes_args* args, void* stream, void* workspace,
+                                                  size_t workspace_bytes, modes_message* message);
 
 #ifdef __cplusplus
 }

@@ -1,15 +1,12 @@
-// What a call is checked for before anything is read, and how its workspace is laid out.
+// How the workspace of a call is laid out.
 #pragma once
+
+#include <cstddef>
+#include <cstdint>
 
 #include "modes.h"
 
 namespace modes {
-
-// Sizes and enumerators. Passing means that every product of sizes used here fits into int64.
-modes_status check_sizes(const modes_args* args, modes_message* message);
-
-// Pointers: present, and aligned to their elements. check_sizes() has passed.
-modes_status check_pointers(const modes_args& args, modes_message* message);
 
 // Byte offsets into the workspace.
 struct WorkspaceLayout {

@@ -1,0 +1,86 @@
+# libmodes_cuda.so (MODES_CUDA) and libmodes_emulated.so (MODES_EMULATED): the same kernels, for GPUs and for the CPU.
+file(GLOB cuda_kernels CONFIGURE_DEPENDS cuda/*.cu)
+set(cuda_host cuda/layer.cpp cuda/path.cpp)
+
+if(MODES_EMULATED)
+  # The kernels are C++ here, so that this build has no CUDA.
+  if(MODES_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "MODES_EMULATED and MODES_CUDA are both ON, expected one of them")
+  endif()
+  file(GLOB emulator CONFIGURE_DEPENDS emulator/*.cpp)
+  add_library(modes_emulated_objects OBJECT ${cuda_host} ${cuda_kernels} ${emulator})
+  set_source_files_properties(${cuda_kernels} PROPERTIES LANGUAGE CXX)
+  set_source_files_properties(cuda/route.cu PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+  target_compile_definitions(modes_emulated_objects PUBLIC MODES_EMULATED)
+  # Optimized further, templates compile longer than the tests save.
+  target_compile_options(modes_emulated_objects PRIVATE -O1 -Wno-unknown-pragmas)
+  target_link_libraries(modes_emulated_objects PRIVATE modes_options)
+  modes_library(modes_emulated)
+  target_link_libraries(modes_emulated PRIVATE modes_emulated_objects)
+  target_compile_definitions(modes_emulated PRIVATE MODES_WITH_CUDA)
+  # What needs more than the C interface.
+  add_executable(route_check ../tests/cuda/route_check.cpp)
+  set_source_files_properties(../tests/cuda/route_check.cpp PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+  target_link_libraries(route_check PRIVATE modes_options modes_emulated_objects modes_cpu_objects Threads::Threads)
+  return()
+endif()
+
+if(NOT MODES_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "MODES_CUDA is `${MODES_CUDA}`, expected AUTO, ON or OFF")
+endif()
+if(MODES_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+set(cuda_minimum 12.8)  # the first that knows sm_120
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(MODES_NVCC nvcc HINTS ENV CUDA_PATH ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  if(MODES_NVCC)
+    set(CMAKE_CUDA_COMPILER ${MODES_NVCC})
+  endif()
+endif()
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # given below, file by file
+include(CheckLanguage)
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  enable_language(CUDA)
+  set(cuda_found "CUDA ${CMAKE_CUDA_COMPILER_VERSION} at ${CMAKE_CUDA_COMPILER}")
+else()
+  set(cuda_found "no CUDA compiler")
+endif()
+if(NOT CMAKE_CUDA_COMPILER OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS cuda_minimum)
+  if(MODES_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "MODES_CUDA is ON and there is ${cuda_found}, expected CUDA ${cuda_minimum} or newer")
+  endif()
+  message(STATUS "libmodes_cuda.so is not built: ${cuda_found}, expected CUDA ${cuda_minimum} or newer")
+  return()
+endif()
+message(STATUS "libmodes_cuda.so: ${cuda_found}")
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+
+# sm_80 code runs on 8.6 and 8.9 too. What is newer and not here is compiled from the PTX when it is first loaded.
+set(cuda_flags -O3 -Xcompiler=-Wall,-Wextra,-Werror -Werror=all-warnings)
+set(cuda_targets
+  "SHELL:-gencode arch=compute_80,code=sm_80"
+  "SHELL:-gencode arch=compute_90,code=[sm_90,compute_90]"
+  "SHELL:-gencode arch=compute_120,code=sm_120")
+set(hopper_targets "SHELL:-gencode arch=compute_90a,code=sm_90a")
+set(hopper_kernels ${cuda_kernels})
+list(FILTER hopper_kernels INCLUDE REGEX "/hopper[^/]*\\.cu$")
+list(FILTER cuda_kernels EXCLUDE REGEX "/hopper[^/]*\\.cu$")
+set_source_files_properties(cuda/route.cu PROPERTIES COMPILE_OPTIONS --fmad=false)
+
+add_library(modes_cuda_kernels OBJECT ${cuda_kernels})
+add_library(modes_hopper_kernels OBJECT ${hopper_kernels})
+target_compile_options(modes_cuda_kernels PRIVATE ${cuda_flags} ${cuda_targets})
+target_compile_options(modes_hopper_kernels PRIVATE ${cuda_flags} ${hopper_targets})
+target_link_libraries(modes_cuda_kernels PRIVATE modes_options)
+target_link_libraries(modes_hopper_kernels PRIVATE modes_options)
+modes_library(modes_cuda ${cuda_host})
+target_compile_definitions(modes_cuda PRIVATE MODES_WITH_CUDA)
+target_include_directories(modes_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+# The runtime is in the library, which so loads where there is no driver.
+target_link_libraries(modes_cuda PRIVATE modes_cuda_kernels modes_hopper_kernels CUDA::cudart_static)
+install(TARGETS modes_cuda LIBRARY DESTINATION modes_cli/lib)
