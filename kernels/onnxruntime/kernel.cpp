@@ -1,4 +1,4 @@
-// The CPU kernel of modes::SkipExperts: attributes at creation, one call of the C interface per run.
+// What the kernels of modes::SkipExperts share: attributes at creation, inputs and outputs of a run, and its status.
 #include <initializer_list>
 #include <new>
 
@@ -12,12 +12,6 @@ const char* const kInputName[kInputs] = {"hidden",  "expert_ids", "expert_weight
                                          "gate_up", "down",       "gate_up_bias",   "down_bias", "score"};
 
 namespace {
-
-// No state changes after creation: sessions run one kernel from many threads. Scratch memory belongs to each call.
-struct Kernel {
-  const Api* api;
-  Attributes attributes;
-};
 
 // ONNX Runtime reports an attribute that is not there as an error: then the default stays.
 bool present(const Api* api, OrtStatus* status) {
@@ -36,19 +30,6 @@ OrtStatus* read_flag(const Api* api, const OrtKernelInfo* info, const char* name
   *flag = value == 1;
   return nullptr;
 }
-
-// ONNX Runtime's own threads, with the status they may end in.
-struct Threads {
-  const Api* api;
-  OrtKernelContext* context;
-  OrtStatus* failure;
-
-  static int run(void* self, size_t tasks, modes_task task, void* state) {
-    Threads* threads = static_cast<Threads*>(self);
-    threads->failure = ort::ParallelFor::call(threads->api, threads->context, task, tasks, 0, state);
-    return threads->failure != nullptr;
-  }
-};
 
 OrtStatus* output(const Api* api, OrtKernelContext* context, Output index, const int64_t* shape, size_t rank,
                   void** data) {
@@ -96,8 +77,7 @@ OrtStatus* create_kernel(const ort::CustomOp*, const Api* api, const OrtKernelIn
 
 void destroy_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-OrtStatus* compute(void* self, OrtKernelContext* context) {
-  const Kernel& kernel = *static_cast<const Kernel*>(self);
+OrtStatus* prepare(const Kernel& kernel, OrtKernelContext* context, modes_args* args) {
   const Api* api = kernel.api;
   size_t inputs = 0, outputs = 0;  // trailing optional ones that the node leaves out are not counted
   if (OrtStatus* s = ort::GetInputCount::call(api, context, &inputs)) return s;
@@ -106,23 +86,26 @@ OrtStatus* compute(void* self, OrtKernelContext* context) {
   for (size_t i = 0; i < inputs && i < kInputs; ++i) {
     if (OrtStatus* s = read_tensor(api, context, i, &tensors[i])) return s;
   }
-  modes_args args;
-  if (OrtStatus* s = bind(api, kernel.attributes, tensors, &args)) return s;
+  if (OrtStatus* s = bind(api, kernel.attributes, tensors, args)) return s;
 
   const Tensor& hidden = tensors[kHidden];
-  if (OrtStatus* s = output(api, context, kOutput, hidden.shape, hidden.rank, &args.out)) return s;
-  if (outputs > kKept) {
-    void* kept = nullptr;
-    if (OrtStatus* s = output(api, context, kKept, &args.groups, 1, &kept)) return s;
-    args.kept = static_cast<int64_t*>(kept);
+  if (OrtStatus* s = output(api, context, kOutput, hidden.shape, hidden.rank, &args->out)) return s;
+  if (outputs <= kKept) return nullptr;
+  void* kept = nullptr;
+  if (OrtStatus* s = output(api, context, kKept, &args->groups, 1, &kept)) return s;
+  args->kept = static_cast<int64_t*>(kept);
+  return nullptr;
+}
+
+OrtStatus* answer(const Api* api, modes_status status, const modes_message& message) {
+  switch (status) {
+    case MODES_OK: return nullptr;
+    // Never "execution provider failed": ONNX Runtime's Python interface then runs everything on the CPU instead.
+    case MODES_NO_MEMORY:
+    case MODES_NO_DEVICE:
+    case MODES_CUDA: return error(api, ort::kFail, message.text);
+    default: return error(api, ort::kInvalidArgument, message.text);
   }
-  Threads threads{api, context, nullptr};
-  const modes_parallel_for parallel_for{&threads, Threads::run};
-  modes_message message;
-  const modes_status status = modes_cpu_skip_experts(&args, &parallel_for, nullptr, 0, &message);
-  if (threads.failure) return threads.failure;
-  if (status == MODES_OK) return nullptr;
-  return error(api, status == MODES_NO_MEMORY ? ort::kFail : ort::kInvalidArgument, message.text);
 }
 
 }  // namespace modes_ort

@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C ABI that a CPU custom operator needs, written from the ABI's description: its Python
+// The part of ONNX Runtime's C ABI that a custom operator needs, written from the ABI's description: its Python
 // wheels carry no headers. OrtApi is an append-only table of function pointers, so each entry is reached by its index,
 // and the indices hold for every ONNX Runtime from kApiVersion (release 1.18) on.
 #pragma once
@@ -15,6 +15,8 @@ struct OrtTensorTypeAndShapeInfo;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtShapeInferContext;
+struct OrtMemoryInfo;
+struct OrtAllocator;
 }
 
 namespace ort {
@@ -61,6 +63,14 @@ using GetInput = Entry<90, OrtStatus*, const OrtKernelContext*, size_t, const Or
 using GetOutput = Entry<91, OrtStatus*, OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**>;
 using ParallelFor = Entry<274, OrtStatus*, const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*>;
 
+using GetGpuStream = Entry<193, OrtStatus*, const OrtKernelContext*, void**>;
+using GetAllocator = Entry<253, OrtStatus*, const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**>;
+using GetScratchBuffer = Entry<277, OrtStatus*, const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**>;
+using AllocatorAlloc = Entry<75, OrtStatus*, OrtAllocator*, size_t, void**>;
+using AllocatorFree = Entry<76, OrtStatus*, OrtAllocator*, void*>;
+using ReleaseAllocator = Entry<132, void, OrtAllocator*>;
+
+using GetTensorMemoryInfo = Entry<194, OrtStatus*, const OrtValue*, const OrtMemoryInfo**>;
 using GetTensorMutableData = Entry<51, OrtStatus*, OrtValue*, void**>;
 using GetTensorTypeAndShape = Entry<65, OrtStatus*, const OrtValue*, OrtTensorTypeAndShapeInfo**>;
 using CreateTensorTypeAndShapeInfo = Entry<57, OrtStatus*, OrtTensorTypeAndShapeInfo**>;

@@ -9,8 +9,28 @@ namespace {
 using ort::Api;
 using ort::CustomOp;
 
-// One overload per combination of dtypes; ONNX Runtime picks by the types of the node's inputs.
+// An execution provider of ONNX Runtime, and what computes there.
+struct Provider {
+  const char* name;
+  OrtStatus* (*compute)(void* kernel, OrtKernelContext* context);
+};
+
+#if defined(MODES_EMULATED)
+// The code for CUDA, on the CPU: so it is tested where there is no GPU.
+constexpr Provider kProviders[] = {{"CPUExecutionProvider", compute_on_gpu}};
+#elif defined(MODES_WITH_CUDA)
+// CUDA has two: the built-in one and the plugin. Under a name that a session does not use, an overload does no harm;
+// without the one it uses, ONNX Runtime would run the layer on the CPU and not say so.
+constexpr Provider kProviders[] = {{"CPUExecutionProvider", compute_on_cpu},
+                                   {"CUDAExecutionProvider", compute_on_gpu},
+                                   {"CudaPluginExecutionProvider", compute_on_gpu}};
+#else
+constexpr Provider kProviders[] = {{"CPUExecutionProvider", compute_on_cpu}};
+#endif
+
+// One overload per provider and combination of dtypes; ONNX Runtime picks by the types of the node's inputs.
 struct Overload : CustomOp {
+  const char* provider;
   int activations, weights, ids;
 };
 
@@ -28,7 +48,6 @@ int input_type(const CustomOp* op, size_t index) {
     default: return self(op).weights;
   }
 }
-
 
 const Api* g_api = nullptr;  // set once, under the mutex of RegisterCustomOps; one table serves every session
 
@@ -57,14 +76,15 @@ OrtStatus* infer_shapes(const CustomOp*, OrtShapeInferContext* context) {
   return status;
 }
 
-Overload overload(int activations, int weights, int ids) {
+Overload overload(const Provider& provider, int activations, int weights, int ids) {
   Overload op{};
+  op.provider = provider.name;
   op.activations = activations;
   op.weights = weights;
   op.ids = ids;
   op.version = ort::kApiVersion;
   op.GetName = [](const CustomOp*) { return "SkipExperts"; };
-  op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
+  op.GetExecutionProviderType = [](const CustomOp* o) { return self(o).provider; };
   op.GetInputType = input_type;
   op.GetInputTypeCount = [](const CustomOp*) -> size_t { return kInputs; };
   op.GetOutputType = [](const CustomOp* o, size_t i) -> int { return i == kKept ? int{ort::kInt64} : self(o).activations; };
@@ -75,7 +95,7 @@ Overload overload(int activations, int weights, int ids) {
   op.GetOutputCharacteristic = [](const CustomOp*, size_t i) -> int { return i == kKept ? ort::kOptional : ort::kRequired; };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
   op.CreateKernelV2 = create_kernel;
-  op.KernelComputeV2 = compute;
+  op.KernelComputeV2 = provider.compute;
   op.KernelDestroy = destroy_kernel;
   op.InferOutputShapeFn = infer_shapes;
   op.GetStartVersion = [](const CustomOp*) { return 1; };
@@ -85,17 +105,19 @@ Overload overload(int activations, int weights, int ids) {
 
 constexpr int kFloats[] = {ort::kFloat, ort::kFloat16, ort::kBFloat16};
 constexpr int kIds[] = {ort::kInt64, ort::kInt32};
-constexpr size_t kOverloads = 18;
+constexpr size_t kOverloads = 18 * sizeof(kProviders) / sizeof(kProviders[0]);
 Overload g_overloads[kOverloads];  // outlive every session
 
 OrtStatus* make_domain(const Api* api, OrtCustomOpDomain** domain) {
   if (OrtStatus* s = ort::CreateCustomOpDomain::call(api, "modes", domain)) return s;
   size_t count = 0;
-  for (int activations : kFloats) {
-    for (int weights : kFloats) {
-      for (int ids : kIds) {
-        g_overloads[count] = overload(activations, weights, ids);
-        if (OrtStatus* s = ort::CustomOpDomainAdd::call(api, *domain, &g_overloads[count++])) return s;
+  for (const Provider& provider : kProviders) {
+    for (int activations : kFloats) {
+      for (int weights : kFloats) {
+        for (int ids : kIds) {
+          g_overloads[count] = overload(provider, activations, weights, ids);
+          if (OrtStatus* s = ort::CustomOpDomainAdd::call(api, *domain, &g_overloads[count++])) return s;
+        }
       }
     }
   }

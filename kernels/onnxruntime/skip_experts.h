@@ -57,9 +57,22 @@ OrtStatus* read_tensor(const ort::Api* api, const OrtKernelContext* context, siz
 // Fills sizes, dtypes and input pointers of `args` from the tensors, each shape checked against the others.
 OrtStatus* bind(const ort::Api* api, const Attributes& attributes, const Tensor* inputs, modes_args* args);
 
-// Kernel callbacks (kernel.cpp).
+// No state changes after creation: sessions run one kernel from many threads. Scratch memory belongs to each call.
+struct Kernel {
+  const ort::Api* api;
+  Attributes attributes;
+};
+
+// What one run is about: `args` from the inputs of the context, with its outputs, which are allocated here.
+OrtStatus* prepare(const Kernel& kernel, OrtKernelContext* context, modes_args* args);
+
+// What the C interface answered, as ONNX Runtime takes it: null for MODES_OK.
+OrtStatus* answer(const ort::Api* api, modes_status status, const modes_message& message);
+
+// Kernel callbacks. A library has a `compute` for each kind of processor it has kernels for (cpu.cpp, cuda.cpp).
 OrtStatus* create_kernel(const ort::CustomOp*, const ort::Api* api, const OrtKernelInfo* info, void** kernel);
-OrtStatus* compute(void* kernel, OrtKernelContext* context);
+OrtStatus* compute_on_cpu(void* kernel, OrtKernelContext* context);
+OrtStatus* compute_on_gpu(void* kernel, OrtKernelContext* context);
 void destroy_kernel(void* kernel);
 
 }  // namespace modes_ort

@@ -26,6 +26,7 @@ def generate(
         list[str] | None, typer.Option(metavar="GROUP=TAU", help="Threshold instead of the bundle's own. Repeatable.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    device: options.DeviceOption = options.Device.auto,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -40,7 +41,9 @@ def generate(
         from modes_cli.requests import GenerateRequest
         from modes_cli.runtime.generate import generate as answer
 
-        generated = answer(GenerateRequest(bundle, tuple(image or ()), prompt, runtime.value, thresholds, max_new_tokens))
+        generated = answer(
+            GenerateRequest(bundle, tuple(image or ()), prompt, runtime.value, thresholds, max_new_tokens, device.value)
+        )
         out.show(result(generated), generated.text)
         skipped = ", ".join(f"{group} {share:.1%}" for group, share in generated.skip_ratio.items())
         times = f"prefill {generated.prefill_seconds:.3f} s, decode {generated.decode_seconds:.3f} s"

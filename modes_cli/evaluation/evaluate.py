@@ -132,7 +132,7 @@ def _bundle(request: EvaluateRequest, folder: Path) -> _Subject:
     def open_it() -> Answer:
         from modes_cli.runtime.ort_model import OrtModel
 
-        model = OrtModel(folder)
+        model = OrtModel(folder, request.device)
         nothing = dict.fromkeys(SKIPPABLE, 0.0)
         return lambda samples, skip: model.generate(
             [sample.images for sample in samples],

@@ -18,7 +18,15 @@ from modes_cli.export import weights
 from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
 from modes_cli.export.decoder import DecoderSpec, export_decoder
 from modes_cli.export.embedding import export_embedding
-from modes_cli.export.integrity import LIBRARY, THRESHOLDS, check_extra, check_for_loading, read_bundle, read_thresholds
+from modes_cli.export.integrity import (
+    CUDA_LIBRARY,
+    LIBRARY,
+    THRESHOLDS,
+    check_extra,
+    check_for_loading,
+    read_bundle,
+    read_thresholds,
+)
 from modes_cli.export.linking import link
 from modes_cli.export.plan import Plan, make_plan
 from modes_cli.export.safetensors_header import Entry, merged, read_header
@@ -94,6 +102,10 @@ def _same(output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule
         return None
     if chosen != (result.policy, result.parameters, result.target, result.tau):
         return None
+    if format == "onnx":  # kernels that were built again, or for CUDA now, belong in the bundle
+        digests = {file.path: file.sha256 for file in there.files}
+        if any(digests.get(name) != files.sha256(library) for name, library in _libraries().items()):
+            return None
     return there if np.array_equal(scale, rule.score_scale.numpy()) else None
 
 
@@ -115,8 +127,8 @@ def _fill(folder: Path, plan: Plan, request: ExportRequest) -> None:
     (folder / THRESHOLDS).write_bytes(thresholds_bytes(plan))
     if request.format == "onnx":
         _write_graphs(folder, plan, request)
-        library = _library()
-        shutil.copyfile(library, folder / LIBRARY)
+        for name, library in _libraries().items():
+            shutil.copyfile(library, folder / name)
     digests = {file.path: file for file in written}
     for path in sorted(folder.iterdir()):
         if path.name not in digests:
@@ -125,13 +137,14 @@ def _fill(folder: Path, plan: Plan, request: ExportRequest) -> None:
     (folder / artifact.FILE).write_text(files.canonical_json(bundle.model_dump(mode="json")), "utf-8")
 
 
-def _library() -> Path:
-    from modes_cli.runtime import kernels
+def _libraries() -> dict[str, Path]:
+    """The operator libraries of this installation, by name: the CPU's, and the one with CUDA kernels where it was built."""
+    from modes_cli.runtime import libraries
 
-    path = kernels.library_path()
-    if path is None:
-        raise KernelError(f"the operator library `{LIBRARY}` is not installed", hint=kernels.REBUILD)
-    return path
+    found = {name: path for name in (LIBRARY, CUDA_LIBRARY) if (path := libraries.library_path(name)) is not None}
+    if LIBRARY not in found:
+        raise KernelError(f"the operator library `{LIBRARY}` is not installed", hint=libraries.hint(LIBRARY))
+    return found
 
 
 def _write_graphs(folder: Path, plan: Plan, request: ExportRequest) -> None:

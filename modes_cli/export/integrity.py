@@ -17,7 +17,7 @@ from modes_cli.export.safetensors_header import Entry, Header, chunks, merged, r
 from modes_cli.run_folder import read_json
 
 THRESHOLDS = "thresholds.safetensors"
-LIBRARY = "libmodes_cpu.so"
+LIBRARY, CUDA_LIBRARY = "libmodes_cpu.so", "libmodes_cuda.so"  # the second where `modes export` found one
 GRAPHS = ("decoder.onnx", "embedding.onnx", "vision.onnx")
 WEIGHT_DTYPES = {"F32", "F16", "BF16"}
 

@@ -103,16 +103,21 @@ def _graph(path: Path, tensors: dict[str, Entry]) -> str:
 
 
 def _kernels(folder: Path, bundle: Bundle) -> str:
-    """The library's digest has been compared with bundle.json; here with the one that is installed and will run."""
-    from modes_cli.runtime import kernels
+    """The libraries' digests have been compared with bundle.json; here with those that are installed and will run."""
+    from modes_cli.runtime import libraries
 
-    path = kernels.library_path()
-    if path is None:
-        return "the bundle's library will run; none is installed"
-    listed = next(file.sha256 for file in bundle.files if file.path == integrity.LIBRARY)
-    if files.sha256(path) == listed:
-        return f"the installed library is the bundle's (version {kernels.version()}, {kernels.isa()})"
-    return f"the installed library, version {kernels.version()}, will run instead of the bundle's"
+    found = []
+    for name in (integrity.LIBRARY, integrity.CUDA_LIBRARY):
+        listed = next((file.sha256 for file in bundle.files if file.path == name), None)
+        path = libraries.library_path(name)
+        if path is None:
+            if listed is not None:
+                found.append(f"the bundle's {name} will run; none is installed")
+        elif listed == files.sha256(path):
+            found.append(f"the installed {name} is the bundle's")
+        else:
+            found.append(f"the installed {name} will run " + ("instead of the bundle's" if listed else "; the bundle has none"))
+    return "; ".join(found)
 
 
 def _session(folder: Path, bundle: Bundle) -> str:

@@ -18,7 +18,8 @@ def generate(request: GenerateRequest) -> Generated:
     Raises:
         BadData: an image cannot be read.
         BadArtifact: the bundle is damaged; nothing was loaded.
-        BadOption: no such runtime, or a threshold that makes no sense.
+        BadOption: no such runtime or device, or a threshold that makes no sense.
+        KernelError: there are no kernels for the device.
     """
     if request.runtime not in RUNTIMES:
         raise BadOption(f"no runtime `{request.runtime}`", hint=f"runtimes are {' and '.join(RUNTIMES)}")
@@ -48,9 +49,10 @@ def _answer(request: GenerateRequest, images: list[Image.Image]) -> Answers:
     if request.runtime == "ort":
         from modes_cli.runtime.ort_model import OrtModel
 
-        return OrtModel(request.bundle).generate([images], [request.prompt], request.max_new_tokens, request.tau)
+        ort = OrtModel(request.bundle, request.device)
+        return ort.generate([images], [request.prompt], request.max_new_tokens, request.tau)
     from modes_cli.requests import ModelSpec
     from modes_cli.runtime.torch_model import open_model
 
-    model = open_model(ModelSpec(str(request.bundle)), None)
+    model = open_model(ModelSpec(str(request.bundle), device=request.device), None)
     return model.generate([images], [request.prompt], request.max_new_tokens, request.tau)

@@ -18,6 +18,7 @@ from modes_cli.models.groups import TokenGroups
 from modes_cli.models.processor import load_processor
 from modes_cli.runtime.answers import Answers
 from modes_cli.runtime.positions import Ints, mrope_positions, text_positions
+from modes_cli.runtime.providers import providers_for, uses_cuda
 from modes_cli.runtime.session import DECODER, EMBEDDING, VISION, open_graph
 from modes_cli.skipping.policy import tau_vector
 from modes_cli.skipping.statistics import PairCounts
@@ -48,16 +49,18 @@ class State:
 
 
 class OrtModel:
-    """The three graphs of a bundle with its processor.
+    """The three graphs of a bundle with its processor, on a device: `cpu`, `cuda`, or `auto` (runtime/providers.py).
 
     Raises (on construction):
         BadArtifact: the bundle is damaged; nothing was loaded.
-        BadOption: it has no graphs, or a provider is not available.
+        BadOption: it has no graphs, or there is no such device here.
+        KernelError: there are no kernels for the device.
     """
 
-    def __init__(self, folder: Path, providers: Sequence[str] | None = None, threads: int = 0) -> None:
+    def __init__(self, folder: Path, device: str = "auto", threads: int = 0) -> None:
         self.folder = folder
         self.bundle = check_for_loading(folder)
+        providers = providers_for(device)
         self.decoder, self.embedding, self.vision = (
             open_graph(folder, self.bundle, name, providers, threads) for name in (DECODER, EMBEDDING, VISION)
         )
@@ -66,6 +69,7 @@ class OrtModel:
         self.merge = int(getattr(self.processor.image_processor, "merge_size", 1))
         self._no_features = np.zeros((0, self.embedding.get_outputs()[0].shape[2]), np.float32)
         self._outputs = [output.name for output in self.decoder.get_outputs()]
+        self._cache = "cuda" if uses_cuda(providers) else "cpu"  # where keys and values stay between steps
         self._pasts = [name.replace("present.", "past_key_values.") for name in self._outputs[2:]]
 
     # -- prompts ----------------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ class OrtModel:
         for name, value in zip(self._pasts, state.past, strict=True):
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
-            binding.bind_output(name)
+            binding.bind_output(name, self._cache if name.startswith("present.") else "cpu")
         self.decoder.run_with_iobinding(binding)
         logits, kept, *state.past = binding.get_outputs()
         state.logits, state.kept = logits.numpy(), kept.numpy()

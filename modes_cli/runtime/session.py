@@ -7,20 +7,23 @@ import onnxruntime as ort
 
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, BadOption, KernelError
-from modes_cli.export.integrity import LIBRARY, check_digest, check_for_loading, weight_headers
+from modes_cli.export.integrity import check_for_loading, weight_headers
 from modes_cli.export.onnx_checks import check_graph
-from modes_cli.runtime import kernels
+from modes_cli.runtime import libraries
+from modes_cli.runtime.providers import CPU, operator_library, require_available, require_taken
 
 DECODER, EMBEDDING, VISION = "decoder.onnx", "embedding.onnx", "vision.onnx"
 _QUIET = 3  # errors only; tau being an input with a default is not worth a warning each time
 
 
 def session(bundle: Path | str, providers: Sequence[str] | None = None) -> ort.InferenceSession:
-    """A session of a bundle's decoder. `providers` None: the CPU.
+    """A session of a bundle's decoder. `providers` None: the CPU. `["CUDAExecutionProvider", "CPUExecutionProvider"]`: a GPU,
+    and the CPU for operators that ONNX Runtime does not have there.
 
     Raises:
         BadArtifact: the bundle is damaged; nothing was loaded.
-        KernelError: there is no operator library that loads here.
+        BadOption: this ONNX Runtime, or this machine, has no such provider.
+        KernelError: no operator library loads here that has kernels for the providers, or ONNX Runtime gave one up.
     """
     folder = Path(bundle)
     return open_graph(folder, check_for_loading(folder), DECODER, providers)
@@ -32,40 +35,37 @@ def open_graph(
     """A session of one graph of a bundle that was checked. `threads` 0: one per core.
 
     Raises:
-        BadOption: a bundle without graphs, or a provider that this ONNX Runtime lacks.
+        BadOption: a bundle without graphs, or a provider that this ONNX Runtime or this machine lacks.
         BadArtifact: the graph holds what it should not, or ONNX Runtime refuses it.
+        KernelError: as `session`.
     """
     if bundle.format != "onnx":
         raise BadOption(f"`{folder}` has no graphs", hint="export it with `--format onnx`, or use `--runtime torch`")
-    unknown = set(providers or ()) - set(ort.get_available_providers())
-    if unknown:
-        raise BadOption(
-            f"this ONNX Runtime has no `{', '.join(sorted(unknown))}`",
-            hint=f"it has {', '.join(ort.get_available_providers())}",
-        )
+    asked = list(providers or [CPU])
+    require_available(asked)
     check_graph(folder / name, weight_headers(folder, bundle))
+    library = operator_library(folder, bundle, asked)
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads
     if name == DECODER:
-        _register(options, folder, bundle)
+        _register(options, library)
     try:
-        return ort.InferenceSession(str(folder / name), options, providers=list(providers or ["CPUExecutionProvider"]))
+        # Its Python interface would otherwise try again with the CPU alone, and print so on stdout.
+        opened = ort.InferenceSession(str(folder / name), options, providers=asked, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's classes are not public and have no common base
         raise BadArtifact(
             str(folder / name), "graph", f"ONNX Runtime refuses it: {str(error).strip().splitlines()[0]}"
         ) from error
+    require_taken(opened, asked)
+    return opened
 
 
-def _register(options: ort.SessionOptions, folder: Path, bundle: Bundle) -> None:
-    """The installed library if there is one: code that comes with a bundle is only run where there is no other."""
-    path = kernels.library_path()
-    if path is None:
-        path = folder / LIBRARY
-        check_digest(folder, next(file for file in bundle.files if file.path == LIBRARY))
+def _register(options: ort.SessionOptions, library: Path) -> None:
     try:
-        options.register_custom_ops_library(str(path))
+        options.register_custom_ops_library(str(library))
     except Exception as error:  # as above
         raise KernelError(
-            f"the operator library `{path}` does not load: {str(error).strip().splitlines()[0]}", hint=kernels.REBUILD
+            f"the operator library `{library}` does not load: {str(error).strip().splitlines()[0]}",
+            hint=libraries.hint(library.name),
         ) from error
