@@ -6,6 +6,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from modes_cli.doctor_kernels import diagnose_kernels
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -23,7 +25,7 @@ PACKAGES = (
 
 def diagnose() -> dict[str, Any]:
     """`versions` by package, `devices` and `kernels` as lists. What cannot be found out says why instead of failing."""
-    return {"versions": _versions(), "devices": _devices(), "kernels": [_cpu_kernels()]}
+    return {"versions": _versions(), "devices": _devices(), "kernels": diagnose_kernels()}
 
 
 def _versions() -> dict[str, str | None]:
@@ -86,17 +88,3 @@ def _cuda() -> list[dict[str, Any]]:
         detail = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
         found.append({"device": f"cuda:{index}", "detail": detail, "memory": properties.total_memory})
     return found
-
-
-def _cpu_kernels() -> dict[str, Any]:
-    """Which operator library ONNX Runtime and PyTorch get here, or why there is none."""
-    library = None
-    try:
-        from modes_cli.runtime import kernels
-
-        library = kernels.library_path()
-        kernels.load()
-        available, reason = True, f"version {kernels.version()}, {kernels.isa()}, from {library}"
-    except Exception as error:  # a diagnosis names whatever is wrong, of whatever kind, and goes on
-        available, reason = False, str(error) or type(error).__name__
-    return {"name": "cpu", "available": available, "library": None if library is None else str(library), "reason": reason}

@@ -6,6 +6,10 @@ where that cannot be, by the implementation that was configured before, each pai
 pairs are never computed. If every pair is kept, the call is passed on unchanged, so that tau = 0 gives the unmodified
 model's logits bit for bit.
 
+On a GPU nothing is read back to decide any of this: a rule whose thresholds are all 0 passes calls on, any other is
+decided and counted by the operator on the device (`modes_cli.skipping.placed`), so that a forward can be captured in a CUDA
+graph once it has run.
+
 Classes outside the interface (step3p7) get the same through their instance's `forward`.
 """
 
@@ -23,7 +27,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from modes_cli.errors import ModesError
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.runtime.devices import asynchronous
 from modes_cli.skipping.operator import Base, BlockOperator, Implementation
+from modes_cli.skipping.placed import Placed, cannot_capture
 from modes_cli.skipping.policy import Rule, routing_probability
 from modes_cli.skipping.statistics import PairCounts
 
@@ -72,6 +78,8 @@ class SkipEngine:
         self._group: Tensor | None = None  # (B * S,) of the running forward
         self._real: Tensor | None = None  # (B * S,) bool: not padding
         self._phase = 0
+        self._forward = 0  # number of the running forward
+        self._placed: dict[torch.device, Placed] = {}
         self._undo: list[Callable[[], None]] = []
         self._operators: dict[int, BlockOperator] = {}  # by the block's index
         self._install()
@@ -90,7 +98,7 @@ class SkipEngine:
             if getattr(block.experts, "_modes_engine", None) is not None:
                 raise ModesError(f"`{block.name}` is already being skipped by another engine", hint="remove that one first")
         hook = self.model.register_forward_pre_hook(self._read_tokens, with_kwargs=True)
-        self._undo.append(hook.remove)
+        self._undo += [hook.remove, self.model.register_forward_hook(self._count).remove]
         for block in self.blocks:
             experts: Any = block.experts
             experts._modes_engine, experts._modes_block = self, block
@@ -128,7 +136,9 @@ class SkipEngine:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = self._ids_of_embeddings(kwargs.get("inputs_embeds"))
-        self._group = self.tokens.of(ids).reshape(-1)
+        groups_of = self._place(ids.device).groups_of if asynchronous(ids.device) else self.tokens.of
+        self._group = groups_of(ids).reshape(-1)
+        self._forward += 1
         mask = kwargs.get("attention_mask")
         length = ids.shape[1]
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -143,10 +153,22 @@ class SkipEngine:
         """Ids for a forward that was given embeddings only: placeholder rows are recognised, every other row is text."""
         if embeddings is None:
             raise ModesError("the model was called without input_ids and without inputs_embeds")
-        known = torch.tensor((*self.tokens.vision_ids, *self.tokens.special_ids), device=embeddings.device)
+        if asynchronous(embeddings.device):
+            known = self._place(embeddings.device).known_ids
+        else:
+            known = torch.tensor((*self.tokens.vision_ids, *self.tokens.special_ids), device=embeddings.device)
         table = self.model.get_input_embeddings()(known).to(embeddings)
         hits = (embeddings[:, :, None] == table).all(-1)
         return torch.where(hits.any(-1), known[hits.int().argmax(-1)], -1)
+
+    def _place(self, device: torch.device) -> Placed:
+        if device not in self._placed:
+            self._placed[device] = Placed(device, len(self.blocks), self.tokens)
+        return self._placed[device]
+
+    def _count(self, *_: object) -> None:
+        for placed in self._placed.values():
+            placed.finish(self._forward, self.counts, self._phase)
 
     def experts(self, block: MoEBlock, base: Base, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What a block's experts return under the current rule, drop and watcher."""
@@ -155,11 +177,17 @@ class SkipEngine:
         group, real = self._tokens_of(hidden)
         if self.watch is not None:
             self.watch(Routing(block.index, routing_probability(weights)[real], index[real], group[real]))
+        drops = self.drop is not None and self.drop.layer == block.index
+        if self.rule is not None and not drops and asynchronous(hidden.device):
+            routed = _routed_outside_the_graph if torch.compiler.is_compiling() else SkipEngine._routed
+            out = routed(self, self.rule, (group, real), block, base, hidden, index, weights)
+            if out is not None:
+                return out
         keep = None
         if self.rule is not None:
             keep = self.rule.keep(routing_probability(weights), block.index, group)
             self.counts.add(self._phase, block.index, group, keep.sum(-1), index.shape[1], real)
-        if self.drop is not None and self.drop.layer == block.index:
+        if self.drop is not None and drops:
             lost = torch.ones_like(group, dtype=torch.bool) if self.drop.group is None else group == self.drop.group
             kept_tokens = ~lost[:, None].expand_as(weights)
             keep = kept_tokens if keep is None else keep & kept_tokens
@@ -173,6 +201,34 @@ class SkipEngine:
             out = self._operators[block.index](hidden, index, weights, keep)
         return _survivors(base, hidden, index, weights, keep) if out is None else out
 
+    def _routed(
+        self,
+        rule: Rule,
+        tokens: tuple[Tensor, Tensor],
+        block: MoEBlock,
+        base: Base,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+    ) -> Tensor | None:
+        """The block's output under the rule, decided on the device; None where the operator does not compute it."""
+        placed, layer, top_k = self._place(hidden.device), block.index, index.shape[1]
+        placed.use(rule)
+        placed.start(self._forward, *tokens)
+        if placed.keeps_all:
+            placed.ran(layer, top_k, routed=False)
+            return base(hidden, index, weights)
+        reason = "the operator is switched off"
+        if self.use_operator:
+            operator = self._operators[layer]
+            out = operator.routed(hidden, index, weights, placed.group, placed.tau, placed.scale(layer), placed.kept(layer))
+            if out is not None:
+                placed.ran(layer, top_k, routed=True)
+                return out
+            reason = operator.implementation.reason
+        cannot_capture(hidden.device, block.name, reason)
+        return None
+
     def _tokens_of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self._group is None or self._real is None or self._group.numel() != hidden.shape[0]:
             seen = None if self._group is None else self._group.numel()
@@ -180,7 +236,9 @@ class SkipEngine:
                 f"the experts see {hidden.shape[0]} tokens, the model was given {seen}",
                 hint="this family needs an adapter of its own",
             )
-        return self._group.to(hidden.device), self._real.to(hidden.device)
+        if self._group.device != hidden.device:  # once for all layers there
+            self._group, self._real = self._group.to(hidden.device), self._real.to(hidden.device)
+        return self._group, self._real
 
     # -- for a while --------------------------------------------------------------------------------------------------
 
@@ -196,6 +254,10 @@ class SkipEngine:
             yield self.counts
         finally:
             self.rule, self.drop, self.watch = before
+
+
+# The operator's checks look at objects and addresses, which a traced graph does not have.
+_routed_outside_the_graph: Callable[..., Tensor | None] = torch.compiler.disable(SkipEngine._routed)  # type: ignore[no-untyped-call]
 
 
 def _survivors(base: Base, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> Tensor:

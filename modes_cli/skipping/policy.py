@@ -12,14 +12,16 @@ tau = 0 and lose none.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from modes_cli.artifacts import Calibration
 from modes_cli.errors import BadOption
 from modes_cli.models.groups import GROUPS, SPECIAL
+
+if TYPE_CHECKING:  # kernels are measured and checked on machines that have PyTorch, and not what reads artifacts
+    from modes_cli.artifacts import Calibration
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Policy(ABC):
     def scale(self, importance: Tensor) -> Tensor:
         """(layers, 3) importance, columns all, text, vision -> (layers, 2) score scale for text and vision tokens."""
 
-    def rule(self, calibration: Calibration, tau: Mapping[str, float]) -> Rule:
+    def rule(self, calibration: "Calibration", tau: Mapping[str, float]) -> Rule:
         """The rule for a calibrated model at the given thresholds."""
         text_and_vision = self.scale(importance_matrix(calibration))
         scale = torch.ones(calibration.moe_layers, len(GROUPS), dtype=torch.float64)
@@ -103,7 +105,7 @@ class Policy(ABC):
         return Rule(scale.float(), tau_vector(tau))
 
 
-def importance_matrix(calibration: Calibration) -> Tensor:
+def importance_matrix(calibration: "Calibration") -> Tensor:
     """(layers, 3) float64: alpha over all tokens, text tokens only, vision tokens only."""
     rows = [[layer.all, layer.text, layer.vision] for layer in calibration.importance.values()]
     return torch.tensor(rows, dtype=torch.float64)

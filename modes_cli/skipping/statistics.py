@@ -6,24 +6,62 @@ import torch
 from torch import Tensor
 
 from modes_cli.models.groups import GROUPS
+from modes_cli.runtime.devices import asynchronous, refuse_while_capturing
 
 PHASES = ("prefill", "decode")
 
 
 @dataclass
 class PairCounts:
-    """Counts of real tokens' pairs: (phases, layers, groups) int64. Padding is in neither."""
+    """Counts of real tokens' pairs: (phases, layers, groups) int64. Padding is in neither.
+
+    What is counted on a GPU stays there until `kept` or `total` is asked for.
+    """
 
     layers: int
-    kept: Tensor = field(init=False)
-    total: Tensor = field(init=False)
+    _sums: Tensor = field(init=False, repr=False)  # (2, phases, layers, groups): kept and total
+    _elsewhere: dict[torch.device, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.kept = torch.zeros(len(PHASES), self.layers, len(GROUPS), dtype=torch.int64)
-        self.total = torch.zeros_like(self.kept)
+        self._sums = torch.zeros(2, len(PHASES), self.layers, len(GROUPS), dtype=torch.int64, device="cpu")
+        for sums in self._elsewhere.values():
+            sums.zero_()
+
+    @property
+    def kept(self) -> Tensor:
+        return self._read()[0]
+
+    @kept.setter
+    def kept(self, value: Tensor) -> None:
+        self._read()[0] = value
+
+    @property
+    def total(self) -> Tensor:
+        return self._read()[1]
+
+    @total.setter
+    def total(self, value: Tensor) -> None:
+        self._read()[1] = value
+
+    def _read(self) -> Tensor:
+        for sums in self._elsewhere.values():
+            self._sums += sums.cpu()
+            sums.zero_()
+        return self._sums
+
+    def on(self, device: torch.device) -> Tensor:
+        """(2, phases, layers, groups): what was counted on a device since it was last read, to be added to there.
+
+        Always the same memory, so that a CUDA graph may add to it.
+        """
+        if device not in self._elsewhere:
+            refuse_while_capturing(device, "pairs are counted for the first time")
+            with torch.inference_mode(False):
+                self._elsewhere[device] = torch.zeros(self._sums.shape, dtype=torch.int64, device=device)
+        return self._elsewhere[device]
 
     def add(
         self, phase: int, layer: int, group: Tensor, kept_per_token: Tensor, top_k: int, real: Tensor | None = None
@@ -33,9 +71,9 @@ class PairCounts:
         pairs = torch.stack([kept, torch.full_like(kept, top_k)])
         if real is not None:
             pairs *= real
-        sums = torch.zeros(2, len(GROUPS), dtype=torch.int64, device=group.device).index_add_(1, group.long(), pairs).cpu()
-        self.kept[phase, layer] += sums[0]
-        self.total[phase, layer] += sums[1]
+        sums = torch.zeros(2, len(GROUPS), dtype=torch.int64, device=group.device).index_add_(1, group.long(), pairs)
+        counted = self.on(group.device) if asynchronous(group.device) else self._sums
+        counted[:, phase, layer] += sums
 
     def skip_ratio(self) -> float:
         """Skipped share of all top-k pairs, special tokens' included."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modes_cli.runtime import kernels
+from modes_cli.runtime import interface, kernels, libraries
 from tests.kernels.reference import ALPHA, LIMIT, Case
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ UNDER_TEST = os.environ.get("MODES_TEST_LIBRARY")
 
 if UNDER_TEST:
     assert kernels.load.cache_info().currsize == 0, "the installed library is loaded already"
-    kernels.library_path = lambda: Path(UNDER_TEST)
+    kernels.library_path = libraries.library_path = lambda _name=libraries.CPU: Path(UNDER_TEST)
 
 
 def library() -> Path:
@@ -65,21 +65,21 @@ def run(case: Case, *, kept: Tensor | None = None, threads: int | None = None) -
     )  # fmt: skip
 
 
-def arguments(case: Case, out: Tensor, /, **changes: object) -> "kernels._Args":
+def arguments(case: Case, out: Tensor, /, **changes: object) -> interface.Args:
     """The C structure of a call; `changes` replace fields. Tensors must live until the call returns."""
     T, H = case.x.shape
     fields: dict[str, object] = {
-        "struct_size": ctypes.sizeof(kernels._Args),
+        "struct_size": ctypes.sizeof(interface.Args),
         "tokens": T,
         "hidden": H,
         "intermediate": case.down.shape[1 if case.transposed else 2],
         "experts": case.down.shape[0],
         "top_k": case.expert_ids.shape[1],
         "groups": case.tau.shape[0],
-        "activation_dtype": kernels._DTYPES[case.x.dtype],
-        "weight_dtype": kernels._DTYPES[case.gate_up.dtype],
-        "id_dtype": kernels._ID_DTYPES[case.expert_ids.dtype],
-        "activation": kernels.ACTIVATIONS[case.activation],
+        "activation_dtype": interface.DTYPES[case.x.dtype],
+        "weight_dtype": interface.DTYPES[case.gate_up.dtype],
+        "id_dtype": interface.ID_DTYPES[case.expert_ids.dtype],
+        "activation": interface.ACTIVATIONS[case.activation],
         "alpha": ALPHA,
         "limit": LIMIT,
         "transposed": case.transposed,
@@ -92,19 +92,19 @@ def arguments(case: Case, out: Tensor, /, **changes: object) -> "kernels._Args":
                  "gate_up_bias", "down_bias"):  # fmt: skip
         tensor = getattr(case, name)
         fields[name] = None if tensor is None else tensor.data_ptr()
-    return kernels._Args(**{**fields, **changes})
+    return interface.Args(**{**fields, **changes})
 
 
-def call(args: "kernels._Args", workspace: Tensor | None = None) -> tuple[int, str]:
+def call(args: interface.Args, workspace: Tensor | None = None) -> tuple[int, str]:
     """Status and message of modes_cpu_skip_experts."""
-    message = kernels._Message()
+    message = interface.Message()
     memory = (None, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
     status = kernels.load().modes_cpu_skip_experts(ctypes.byref(args), None, *memory, ctypes.byref(message))
     return status, message.text.decode()
 
 
-def workspace_bytes(args: "kernels._Args") -> int:
-    size, message = ctypes.c_size_t(), kernels._Message()
+def workspace_bytes(args: interface.Args) -> int:
+    size, message = ctypes.c_size_t(), interface.Message()
     status = kernels.load().modes_cpu_workspace_size(ctypes.byref(args), ctypes.byref(size), ctypes.byref(message))
     assert status == 0, message.text
     return size.value

@@ -12,7 +12,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from modes_cli.errors import KernelError
 from modes_cli.models.blocks import find_moe_blocks
-from modes_cli.runtime import kernels
+from modes_cli.runtime import libraries
 from modes_cli.skipping.engine import Drop
 from modes_cli.skipping.operator import BlockOperator
 from tests.families import FAMILIES, HIDDEN, TOKENS, TOP_K
@@ -217,10 +217,10 @@ def test_defaults_of_torch_do_not_matter(qwen: Subject) -> None:
 
 
 def test_an_installation_without_the_library(qwen: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
+    def missing(_name: str = libraries.CPU) -> None:
         raise KernelError("the operator library is not installed")
 
-    monkeypatch.setattr(kernels, "load", missing)
+    monkeypatch.setattr(libraries, "load", missing)
     assert_left_to_transformers(qwen, "the operator library is not installed")
 
 

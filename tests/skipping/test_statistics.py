@@ -52,3 +52,29 @@ def test_reset_forgets() -> None:
     counts.reset()
     assert int(counts.total.sum()) == int(counts.kept.sum()) == 0
     assert counts.total.shape == (len(PHASES), 1, len(GROUPS))
+
+
+def test_what_was_counted_on_a_device_is_added_when_it_is_read_and_forgotten_at_a_reset() -> None:
+    counts = PairCounts(layers=1)
+    counts.add(0, 0, torch.tensor([0]), torch.tensor([1]), top_k=2)
+    there = counts.on(torch.device("cpu"))
+    for _ in range(2):
+        there[0, 0, 0, 0] += 3
+        there[1, 0, 0, 0] += 4
+        assert counts.on(torch.device("cpu")) is there
+    assert int(counts.kept[0, 0, 0]) == 7
+    assert int(counts.total[0, 0, 0]) == 10
+    assert int(there.sum()) == 0
+    there += 1
+    counts.reset()
+    assert int(counts.total.sum()) == int(counts.kept.sum()) == int(there.sum()) == 0
+
+
+def test_counts_can_be_set() -> None:
+    counts, other = PairCounts(layers=2), PairCounts(layers=2)
+    counts.add(1, 1, torch.tensor([1]), torch.tensor([2]), top_k=4)
+    other.kept, other.total = counts.kept.clone(), counts.total.clone()
+    other.kept += counts.kept
+    assert int(other.kept[1, 1, 1]) == 4
+    assert int(counts.kept[1, 1, 1]) == 2
+    assert int(other.total.sum()) == 4
