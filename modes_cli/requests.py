@@ -77,6 +77,7 @@ class GenerateRequest:
     runtime: str = "ort"  # ort | torch
     tau: dict[str, float] | None = None
     max_new_tokens: int = 128
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """Prefill at each of `tokens`, decode at each of `batches`; the run's bundle in ONNX Runtime against transformers."""
+    """Prefill and decode at each of `batches`; the run's bundle in ONNX Runtime against transformers.
+
+    With a `shape`: a random decoder of these sizes instead (`layers` of them), its weights and tokens by `data.seed`.
+    """
 
     data: DataSpec
     run: Path | None = None
@@ -105,6 +109,9 @@ class BenchRequest:
     target: float | None = None
     batches: tuple[int, ...] = (1, 8)
     repeats: int = 15
+    shape: str | None = None
+    layers: int | None = None
+    device: str = "auto"
     fresh: bool = False
     progress: Progress = field(default_factory=Silent)
 

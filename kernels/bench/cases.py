@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -13,6 +13,9 @@ from modes_cli.skipping.policy import routing_probability
 
 # So many of few tokens that a routing's weights have left the cache when its turn comes again. Primes: see measure.py.
 ROUTINGS = (17, 13, 11, 7, 5, 3, 2)
+EXACT_PAIRS = 1 << 14
+# Above these a runtime does not compute the same layer, and its times mean nothing. Relative to the largest output.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2, "float16/int8": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,17 @@ class Routed:
     tau: dict[float, Tensor]
     keep: dict[float, Tensor]
 
+    def to(self, device: str) -> Self:
+        moved = {name: getattr(self, name).to(device) for name in ("x", "ids", "weights", "group", "scale")}
+        for name in ("tau", "keep"):
+            moved[name] = {ratio: value.to(device) for ratio, value in getattr(self, name).items()}
+        return replace(self, **moved)
+
+    def of_tokens(self, tokens: Tensor) -> Self:
+        """The same for some of the tokens only: what is computed for one does not depend on the others."""
+        some = {name: getattr(self, name)[tokens] for name in ("x", "ids", "weights", "group")}
+        return replace(self, **some, keep={ratio: keep[tokens] for ratio, keep in self.keep.items()})
+
     def kept(self, ratio: float) -> int:
         return int(self.keep[ratio].sum())
 
@@ -75,14 +89,14 @@ class Routed:
         return int(self.ids[self.keep[ratio]].bincount().count_nonzero())
 
 
-def random_layers(shape: Shape, dtype: torch.dtype, count: int) -> list[Layer]:
+def random_layers(shape: Shape, dtype: torch.dtype, count: int, device: str = "cpu") -> list[Layer]:
     """Layers whose outputs are about as large as their inputs."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
     H, I, E = shape.hidden, shape.intermediate, shape.experts  # noqa: E741
     return [
         Layer(
-            torch.empty(E, 2 * I, H, dtype=dtype).normal_(0, H**-0.5, generator=g),
-            torch.empty(E, H, I, dtype=dtype).normal_(0, 2 * I**-0.5, generator=g),
+            torch.empty(E, 2 * I, H, dtype=dtype, device=device).normal_(0, H**-0.5, generator=g),
+            torch.empty(E, H, I, dtype=dtype, device=device).normal_(0, 2 * I**-0.5, generator=g),
         )
         for _ in range(count)
     ]
@@ -93,10 +107,12 @@ def layers_needed(shape: Shape, dtype: torch.dtype, cache: int) -> int:
     return max(1, min(4, math.ceil(16 * cache / (shape.experts * shape.expert_parameters * dtype.itemsize))))
 
 
-def random_routings(shape: Shape, dtype: torch.dtype, tokens: int, ratios: Sequence[float], layers: int) -> list[Routed]:
+def random_routings(
+    shape: Shape, dtype: torch.dtype, tokens: int, ratios: Sequence[float], layers: int, count: int | None = None
+) -> list[Routed]:
     """Inputs for calls in turn, a prime number of them. One token has other experts in each, as long as there are some."""
     most = layers * (shape.experts // shape.top_k) if tokens == 1 else ROUTINGS[0] if tokens <= 8 else 5
-    count = next((prime for prime in ROUTINGS if prime <= most), 1)
+    count = next((prime for prime in ROUTINGS if prime <= most), 1) if count is None else min(count, most)
     g = torch.Generator().manual_seed(tokens)
     orders = [torch.randperm(shape.experts, generator=g) for _ in range(layers)]
     found = []
@@ -116,7 +132,9 @@ def _routed(
         weights = (weights / weights.sum(-1, keepdim=True)).to(dtype)
         tau = {ratio: _threshold(weights, ratio) for ratio in ratios}
         keep = {ratio: routing_probability(weights) >= tau[ratio] for ratio in ratios}
-        if all(int(keep[ratio].sum()) == _wanted(weights, ratio) for ratio in ratios):  # no tie at a threshold
+        # No tie at a threshold. Among very many pairs in two bytes there always is one, and it hardly matters.
+        allowed = 0 if weights.numel() <= EXACT_PAIRS else weights.numel() // 500
+        if all(abs(int(keep[ratio].sum()) - _wanted(weights, ratio)) <= allowed for ratio in ratios):
             x = torch.randn(tokens, shape.hidden, generator=g).to(dtype)
             ids = ids if only is None else only[None]
             return Routed(layer, x, ids, weights, torch.zeros(tokens, dtype=torch.int32), torch.ones(1), tau, keep)
@@ -137,7 +155,7 @@ def _threshold(weights: Tensor, ratio: float) -> Tensor:
 
 def reference(layer: Layer, routed: Routed, ratio: float) -> Tensor:
     """[T, H] float64: the kept pairs, one expert after the other."""
-    out = torch.zeros(routed.x.shape, dtype=torch.float64)
+    out = torch.zeros(routed.x.shape, dtype=torch.float64, device=routed.x.device)
     chosen = torch.where(routed.keep[ratio], routed.ids, -1)
     for e in range(len(layer.down)):
         token, slot = (chosen == e).nonzero(as_tuple=True)

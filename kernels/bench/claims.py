@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from kernels.bench.peers import OURS
-from kernels.bench.peers_ort import MOE
+from kernels.bench.names import MOE, OURS
 
 HIDDEN = 1024
 MOST_SKIPPED = 0.88
@@ -29,16 +28,14 @@ class Rows:
 
     def one(self, runtime: str, **where: Any) -> Json | None:
         """The row of a runtime with these fields, if there is one."""
-        return next((row for row in self.all if row["runtime"] == runtime and _has(row, where)), None)
+        return next((row for row in self.all if row["runtime"] == runtime and has(row, where)), None)
 
     def transformers(self, *, dropped: bool = False, **where: Any) -> Json | None:
         """transformers' fastest."""
         found = [
             row
             for row in self.all
-            if row["runtime"].startswith("transformers")
-            and row["runtime"].endswith(", dropped") == dropped
-            and _has(row, where)
+            if row["runtime"].startswith("transformers") and row["runtime"].endswith(", dropped") == dropped and has(row, where)
         ]
         return min(found, key=lambda row: float(row["seconds"]), default=None)
 
@@ -62,7 +59,7 @@ def _against_transformers(rows: Rows) -> Iterator[Json]:
         best = rows.transformers(skip_ratio=0, **at)
         for ratio, least in zip((0, MOST_SKIPPED), wanted, strict=True):
             name = f"{dtype} T={tokens}, {ratio:.0%} skipped: over transformers' best, nothing skipped"
-            yield _least(name, _speedup(rows.one(OURS, skip_ratio=ratio, **at), best), least)
+            yield at_least(name, speedup(rows.one(OURS, skip_ratio=ratio, **at), best), least)
 
 
 def _against_the_limits(rows: Rows) -> Iterator[Json]:
@@ -71,7 +68,7 @@ def _against_the_limits(rows: Rows) -> Iterator[Json]:
         (1, "bandwidth_fraction", 0.85, "read bandwidth"),
     ):
         ours = rows.one(OURS, hidden=HIDDEN, dtype="float32", tokens=tokens, threads=1, skip_ratio=0)
-        yield _least(f"float32 T={tokens}: share of the measured peak {limit}", ours[field] if ours else None, least)
+        yield at_least(f"float32 T={tokens}: share of the measured peak {limit}", ours[field] if ours else None, least)
 
 
 def _against_onnxruntime(rows: Rows) -> Iterator[Json]:
@@ -79,12 +76,12 @@ def _against_onnxruntime(rows: Rows) -> Iterator[Json]:
         for tokens in counts:
             at = {"hidden": HIDDEN, "dtype": "float32", "tokens": tokens, "threads": 1, "skip_ratio": ratio}
             name = f"float32 T={tokens}, {ratio:.0%} skipped: over ONNX Runtime's MoE skipping the same"
-            yield _least(name, _speedup(rows.one(OURS, **at), rows.one(MOE, **at)), least)
+            yield at_least(name, speedup(rows.one(OURS, **at), rows.one(MOE, **at)), least)
 
 
 def _two_threads(rows: Rows, dtype: str) -> Json:
     one, two = (rows.one(OURS, hidden=HIDDEN, dtype=dtype, tokens=512, threads=n, skip_ratio=0) for n in (1, 2))
-    return _least(f"{dtype} T=512: 2 threads over 1", _speedup(two, one), 1.7)
+    return at_least(f"{dtype} T=512: 2 threads over 1", speedup(two, one), 1.7)
 
 
 def _errors(errors: list[Json]) -> Iterator[Json]:
@@ -94,14 +91,14 @@ def _errors(errors: list[Json]) -> Iterator[Json]:
         yield {"claim": f"{dtype}: error against float64", "measured": measured, "wanted": f"< {largest:g}", "holds": holds}
 
 
-def _speedup(ours: Json | None, other: Json | None) -> float | None:
+def speedup(ours: Json | None, other: Json | None) -> float | None:
     return other["seconds"] / ours["seconds"] if ours and other else None
 
 
-def _least(name: str, measured: float | None, least: float) -> Json:
+def at_least(name: str, measured: float | None, least: float) -> Json:
     holds = None if measured is None else measured >= least
     return {"claim": name, "measured": measured, "wanted": f">= {least:g}", "holds": holds}
 
 
-def _has(row: Json, where: Json) -> bool:
+def has(row: Json, where: Json) -> bool:
     return all(row[field] == value for field, value in where.items())

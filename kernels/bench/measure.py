@@ -13,9 +13,20 @@ from typing import Any
 
 import torch
 
-from kernels.bench.cases import Layer, Routed, Shape, layers_needed, random_layers, random_routings, reference, relative_error
+from kernels.bench.cases import (
+    TOLERANCE,
+    Layer,
+    Routed,
+    Shape,
+    layers_needed,
+    random_layers,
+    random_routings,
+    reference,
+    relative_error,
+)
 from kernels.bench.limits import Limits
-from kernels.bench.peers import FEW_TOKENS, Runtime, torch_runtimes
+from kernels.bench.ours import FEW_TOKENS, Runtime
+from kernels.bench.peers import torch_runtimes
 from kernels.bench.peers_ort import Moe, QMoe
 from modes_cli.errors import first_line
 
@@ -24,8 +35,6 @@ SWEEPS = 3  # thread counts take turns this many times, so that they too are com
 LONG_CALL = 0.2  # seconds; above it a switch of threads is too little to warm up after
 PAUSE = 0.003  # seconds before a call with several threads: OpenMP's threads spin for a while after the call before
 ERROR_TOKENS = 64
-# Above these a runtime does not compute the same layer, and its times mean nothing. Relative to the largest output.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16/int8": 1e-1}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Our operator and transformers' experts, each as something that can be timed."""
+"""transformers' experts as something that can be timed."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,51 +11,11 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 
 from kernels.bench.cases import Layer, Routed, Shape
-from modes_cli.runtime.kernels import Experts
+from kernels.bench.ours import FEW_TOKENS, Ours, Runtime
 from modes_cli.skipping.engine import _survivors
 from modes_cli.skipping.policy import routing_probability
 
-OURS = "modes"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-FEW_TOKENS = 8  # batched_mm copies the weights of every pair: only of use, and only fits, for as few as these
-
-
-class Runtime(Protocol):
-    """One way to compute the layer.
-
-    Attributes:
-        name: as in the tables. dtype: of activations and weights.
-        weight_bytes: per parameter.
-    """
-
-    name: str
-    dtype: str
-    weight_bytes: int
-
-    def takes(self, tokens: int, ratio: float) -> bool:
-        """Whether this case is worth a row."""
-        ...
-
-    def work(self, routed: Routed, ratio: float, threads: int) -> Callable[[], Any]:
-        """The call that is timed; it returns [T, H], a tensor or an array. What models do once is done before."""
-        ...
-
-
-class Ours:
-    """`modes_cli.runtime.kernels.Experts`, as the engine calls it."""
-
-    def __init__(self, layers: list[Layer]) -> None:
-        self.name = OURS
-        self._experts = [Experts(layer.gate_up, layer.down) for layer in layers]
-        self.dtype = str(layers[0].down.dtype).removeprefix("torch.")
-        self.weight_bytes = layers[0].down.itemsize
-
-    def takes(self, _tokens: int, _ratio: float) -> bool:
-        return True
-
-    def work(self, routed: Routed, ratio: float, threads: int) -> Callable[[], Tensor]:
-        inputs = (routed.x, routed.ids, routed.weights, routed.group, routed.tau[ratio], routed.scale)
-        return partial(self._experts[routed.layer], *inputs, threads=threads)
 
 
 class Transformers:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.bench.claims import Rows
-from kernels.bench.peers import OURS
-from kernels.bench.peers_ort import MOE, QMOE
+from kernels.bench.names import MOE, OURS, QMOE
 
 Json = dict[str, Any]
 
@@ -32,14 +31,14 @@ def sections(record: Json) -> Iterator[Section]:
         at = dict(zip(fields, values, strict=True))
         yield _times(rows, at, sorted({row["tokens"] for row in cases}), sorted({row["skip_ratio"] for row in cases}))
     if record["claims"]:
-        checked = [[c["claim"], _number(c["measured"]), c["wanted"], _answer(c["holds"])] for c in record["claims"]]
+        checked = [[c["claim"], number(c["measured"]), c["wanted"], answer(c["holds"])] for c in record["claims"]]
         yield Section("What is claimed: H=1024, 1 thread", ["claim", "measured", "wanted", "holds"], checked)
 
 
 def _times(rows: Rows, at: Json, counts: list[int], ratios: list[float]) -> Section:
     """Milliseconds; in brackets how many times as fast as transformers' best with nothing skipped."""
     sizes = f"H={at['hidden']} I={at['intermediate']} E={at['experts']} top-{at['top_k']}"
-    title = f"{sizes}, {at['dtype']}, {_count(at['threads'], 'thread')}"
+    title = f"{sizes}, {at['dtype']}, {count(at['threads'], 'thread')}"
     stock, stock_dtype = (MOE, "float32") if at["dtype"] == "float32" else (QMOE, "float16/int8")
     skipping = [ratio for ratio in ratios if ratio > 0]
     most = max(skipping, default=None)
@@ -66,7 +65,7 @@ def _times(rows: Rows, at: Json, counts: list[int], ratios: list[float]) -> Sect
 def _cell(row: Json | None, base: Json | None) -> str:
     if row is None:
         return "-"
-    return _milliseconds(row) + (f" ({_times_as_fast(base['seconds'] / row['seconds'])})" if base is not None else "")
+    return milliseconds(row) + (f" ({times_as_fast(base['seconds'] / row['seconds'])})" if base is not None else "")
 
 
 def _peer(row: Json | None, base: Json | None) -> str:
@@ -76,12 +75,12 @@ def _peer(row: Json | None, base: Json | None) -> str:
     return f"{_cell(row, base)} {row['runtime'].removeprefix('transformers ').removesuffix(', dropped')}"
 
 
-def _milliseconds(row: Json) -> str:
+def milliseconds(row: Json) -> str:
     ms = row["seconds"] * 1e3
     return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 1000 else f"{ms:.0f}"
 
 
-def _times_as_fast(ratio: float) -> str:
+def times_as_fast(ratio: float) -> str:
     return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
@@ -94,15 +93,15 @@ def _limit(row: Json | None) -> str:
     return f"{row['bandwidth_fraction']:.0%} read"
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number > 1 else "")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}" if value < 0.01 else f"{value:.2f}"
 
 
-def _answer(holds: bool | None) -> str:
+def answer(holds: bool | None) -> str:
     return "not measured" if holds is None else "yes" if holds else "no"
 
 
@@ -113,7 +112,7 @@ def markdown(record: Json) -> str:
     lines = [
         "# The CPU operator beside others",
         "",
-        f"Made by `{record['command']}` on {record['date']}: {machine['cpu']}, {_count(machine['cores'], 'core')}, "
+        f"Made by `{record['command']}` on {record['date']}: {machine['cpu']}, {count(machine['cores'], 'core')}, "
         f"{machine['last_cache'] >> 20} MiB last cache, kernels for {machine['isa']}; torch {versions['torch']}, "
         f"transformers {versions['transformers']}, ONNX Runtime {versions['onnxruntime']}.",
         "",
@@ -124,11 +123,11 @@ def markdown(record: Json) -> str:
         f"Limits measured in between: {limits}.",
     ]
     for section in sections(record):
-        lines += ["", f"## {section.title}", "", _line(section.header), _line(["---"] * len(section.header))]
-        lines += [_line(row) for row in section.rows]
+        lines += ["", f"## {section.title}", "", line(section.header), line(["---"] * len(section.header))]
+        lines += [line(row) for row in section.rows]
     lines += ["", "## Errors", "", "Largest difference from float64, 64 tokens (batched_mm 8), relative to the largest output."]
-    lines += ["", _line(["runtime", "dtype", "H", "error"]), _line(["---"] * 4)]
-    lines += [_line(row) for row in error_rows(record["errors"])]
+    lines += ["", line(["runtime", "dtype", "H", "error"]), line(["---"] * 4)]
+    lines += [line(row) for row in error_rows(record["errors"])]
     if record["left_out"]:
         lines += ["", "## Left out", ""]
         lines += [f"- {_left_out(item)}" for item in record["left_out"]]
@@ -150,15 +149,15 @@ def _limit_text(limit: Json) -> str:
         if limit["limit"] == "flops"
         else f"{limit['best'] / 1e9:.1f} GB/s"
     )
-    return f"{rate}, {_count(limit['threads'], 'thread')}"
+    return f"{rate}, {count(limit['threads'], 'thread')}"
 
 
 def _left_out(item: Json) -> str:
     where = f"{item['runtime']} {item['dtype']}, H={item['hidden']}"
     if "tokens" in item:
-        where += f", T={item['tokens']}, {item['skip_ratio']:.0%} skipped, {_count(item['threads'], 'thread')}"
+        where += f", T={item['tokens']}, {item['skip_ratio']:.0%} skipped, {count(item['threads'], 'thread')}"
     return f"{where}: {item['reason']}"
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -16,6 +16,8 @@ class Machine(Strict):
 
 
 class Case(Strict):
+    """`skip_ratio` is what was skipped; `speedup` is over `transformers` as it comes, at the same phase and batch."""
+
     phase: Literal["prefill", "decode"]
     tokens: Positive
     batch: Positive
@@ -32,3 +34,4 @@ class Bench(Artifact):
 
     cases: list[Case]
     machine: Machine
+    notes: list[str]  # what could not be measured as intended, and why

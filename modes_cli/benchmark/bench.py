@@ -6,11 +6,11 @@ from itertools import islice
 import torch
 
 from modes_cli.artifacts import Bench, Bundle
-from modes_cli.artifacts.bench import Case
 from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
-from modes_cli.benchmark.cases import REFERENCE, Timed, ort_cases, torch_cases
+from modes_cli.benchmark.cases import Timed, measure_rounds, ort_cases, summarised, torch_cases
 from modes_cli.benchmark.cost import Cost
-from modes_cli.benchmark.machine import measure_machine, median, timed
+from modes_cli.benchmark.decoder import bench_decoder
+from modes_cli.benchmark.machine import measure_machine
 from modes_cli.data import open_source
 from modes_cli.data.sample import Sample, SampleSource
 from modes_cli.errors import MissingArtifact
@@ -27,9 +27,13 @@ from modes_cli.search.selection import found_in
 def bench(request: BenchRequest) -> Outcome[Bench]:
     """Time prefill and decode of the run's bundle in ONNX Runtime and of its model in PyTorch; writes bench.json.
 
+    With a `shape`, of a decoder of these sizes with random weights, in PyTorch only.
+
     Raises:
         MissingArtifact: no calibration or no bundle in the run folder.
     """
+    if request.shape is not None:
+        return bench_decoder(request, request.shape)
     run = RunFolder(request.run)
     folder = request.bundle or run.file("bundle")
     if not (folder / BUNDLE_FILE).is_file():
@@ -37,35 +41,17 @@ def bench(request: BenchRequest) -> Outcome[Bench]:
     bundle = read_json(folder / BUNDLE_FILE, Bundle)
     _, calibration = found_in(run)
     source = open_source(request.data, progress=request.progress)
-    runtime = open_model(model_spec(calibration, "auto", False), run.path, request.target)
+    runtime = open_model(model_spec(calibration, request.device, False), run.path, request.target)
     ort = OrtModel(folder, threads=torch.get_num_threads())
     machine = measure_machine(runtime.loaded.device)
-    cost = Cost.of(runtime.loaded)
+    cost = Cost.of(runtime.loaded.model, runtime.loaded.blocks)
     timings: list[Timed] = []
     for size in request.batches:
         samples = list(islice(_forever(source), size))
         timings += torch_cases(runtime, samples) + ort_cases(ort, samples)
     request.progress.start("bench", request.repeats + 1)
-    for repeat in range(request.repeats + 1):
-        for case in timings:  # interleaved, so that a slow moment of the machine hits all alike
-            seconds = timed(case.work, runtime.loaded.device) / case.per
-            if repeat:  # the first round warms up
-                case.seconds.append(seconds)
-        request.progress.advance()
-    base = {(c.phase, c.batch): median(c.seconds) for c in timings if c.runtime == REFERENCE and c.skip_ratio == 0}
-    cases = [
-        Case(
-            phase="prefill" if case.phase == "prefill" else "decode",
-            tokens=case.tokens,
-            batch=case.batch,
-            runtime=case.runtime,
-            skip_ratio=case.skip_ratio,
-            seconds=median(case.seconds),
-            speedup=base[case.phase, case.batch] / median(case.seconds),
-            limit_fraction=cost.limit(case.tokens, case.skip_ratio, machine) / median(case.seconds),
-        )
-        for case in timings
-    ]
+    measure_rounds(timings, request.repeats, request.progress)
+    cases = summarised(timings, lambda case: cost.limit(case.tokens, case.skip_ratio, machine, logits=case.batch))
     artifact = Bench(
         model=bundle.model,
         data=data_info(source),
@@ -73,6 +59,7 @@ def bench(request: BenchRequest) -> Outcome[Bench]:
         versions=versions(),
         cases=cases,
         machine=machine,
+        notes=[],
     )
     runtime.engine.remove()
     return Outcome(artifact, run.write(artifact))

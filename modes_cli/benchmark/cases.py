@@ -7,40 +7,76 @@ from typing import Any, Literal
 
 import torch
 
+from modes_cli.artifacts.bench import Case
 from modes_cli.data.sample import Sample
 from modes_cli.models.inputs import Batch, prompt_batch
+from modes_cli.progress import Progress
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.runtime.torch_model import TorchRuntime
 from modes_cli.skipping.policy import Rule
+from modes_cli.timing import median, timed
 
 DECODE_STEPS = 8
 REFERENCE = "transformers"
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Timed:
-    """One case while it is being measured. `work` makes `per` steps a call."""
+    """One case while it is being measured. `measure` returns the seconds of one forward."""
 
     phase: Literal["prefill", "decode"]
     tokens: int
     batch: int
     runtime: str
     skip_ratio: float
-    work: Callable[[], object]
-    per: int = 1
+    measure: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
+
+
+def measure_rounds(cases: list[Timed], repeats: int, progress: Progress) -> None:
+    """Fill `seconds` of all cases; the first round warms up and is not kept."""
+    for repeat in range(repeats + 1):
+        for case in cases:  # interleaved, so that a slow moment of the machine hits all alike
+            seconds = case.measure()
+            if repeat:
+                case.seconds.append(seconds)
+        progress.advance()
+
+
+def summarised(cases: list[Timed], limit: Callable[[Timed], float]) -> list[Case]:
+    """Medians, beside transformers with nothing skipped and beside `limit`: the least seconds a case can take."""
+    base = {(c.phase, c.batch): median(c.seconds) for c in cases if c.runtime == REFERENCE and c.skip_ratio == 0}
+    return [
+        Case(
+            phase=case.phase,
+            tokens=case.tokens,
+            batch=case.batch,
+            runtime=case.runtime,
+            skip_ratio=case.skip_ratio,
+            seconds=median(case.seconds),
+            speedup=base[case.phase, case.batch] / median(case.seconds),
+            limit_fraction=limit(case) / median(case.seconds),
+        )
+        for case in cases
+    ]
+
+
+def _clock(work: Callable[[], object], device: torch.device, steps: int = 1) -> Callable[[], float]:
+    """Seconds of one of the `steps` that a call makes."""
+    return lambda: timed(work, device) / steps
 
 
 def torch_cases(runtime: TorchRuntime, samples: list[Sample]) -> list[Timed]:
     """transformers as it is, and with the rule in force. Decode ignores end markers, so that all make the same steps."""
-    batch, size = prompt_batch(runtime.loaded, samples), len(samples)
+    batch, size, device = prompt_batch(runtime.loaded, samples), len(samples), runtime.loaded.device
     tokens = int(batch.inputs["attention_mask"].sum())
     cases = []
     for name, rule in ((REFERENCE, None), (f"{REFERENCE}+modes", runtime.rule)):
         prefill = partial(_torch_prefill, runtime, batch, rule)
         decode = partial(_torch_decode, runtime, batch, rule, prefill()[1])
-        cases.append(Timed("prefill", tokens, size, name, prefill()[0], prefill))
-        cases.append(Timed("decode", size, size, name, decode(), decode, DECODE_STEPS))
+        cases.append(Timed("prefill", tokens, size, name, prefill()[0], _clock(prefill, device)))
+        cases.append(Timed("decode", size, size, name, decode(), _clock(decode, device, DECODE_STEPS)))
     return cases
 
 
@@ -75,7 +111,7 @@ def ort_cases(model: OrtModel, samples: list[Sample]) -> list[Timed]:
     cases = []
     for name, tau in (("onnxruntime", model.tau({})), ("onnxruntime+modes", None)):
         ratio = model.answer(prompts, 1, tau).counts.skip_ratio()
-        cases.append(Timed("prefill", tokens, size, name, ratio, partial(model.prefilled, prompts, tau)))
+        cases.append(Timed("prefill", tokens, size, name, ratio, _clock(partial(model.prefilled, prompts, tau), CPU)))
         decode = partial(model.decode_steps, model.prefilled(prompts, tau), DECODE_STEPS, tau)
-        cases.append(Timed("decode", size, size, name, decode().skip_ratio(), decode, DECODE_STEPS))
+        cases.append(Timed("decode", size, size, name, decode().skip_ratio(), _clock(decode, CPU, DECODE_STEPS)))
     return cases

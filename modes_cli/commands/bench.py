@@ -6,10 +6,11 @@ import typer
 
 from modes_cli import console, options
 from modes_cli.commands.evaluate import model_of
+from modes_cli.errors import BadOption
 
 if TYPE_CHECKING:
     from modes_cli.artifacts import Bench
-
+    from modes_cli.data.sample import DataSpec
 
 DEFAULT_BATCHES = (1, 8)
 
@@ -21,6 +22,14 @@ def bench(
         list[int] | None, typer.Option(min=1, help="Batch size to time. Repeatable.  (default: 1 and 8)", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case; the median counts.")] = 15,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Time a random decoder instead: qwen3-vl-30b-a3b, or tiny.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of that decoder.  (default: all)", show_default=False)
+    ] = None,
+    device: options.DeviceOption = options.Device.auto,
     data: options.Data = None,
     split: options.Split = None,
     samples: options.Samples = None,
@@ -38,18 +47,33 @@ def bench(
     with console.session(json=json, quiet=quiet, debug=debug) as out:
         if target is not None:
             options.require_share("--target", target)
-        spec = options.evaluation_data(
-            model_of(run, bundle), data, split, samples, seed, (image_column, question_column, answer_column)
-        )
+        columns = image_column, question_column, answer_column
+        if shape is None:
+            if layers is not None:
+                raise BadOption(f"`--layers {layers}` says how many layers `--shape` has", hint="give `--shape` too")
+            spec = options.evaluation_data(model_of(run, bundle), data, split, samples, seed, columns)
+        else:
+            spec = _random_data(seed, bundle=bundle, target=target, data=data, split=split, samples=samples)
         from modes_cli.benchmark import bench as measure
         from modes_cli.requests import BenchRequest
 
+        batches = tuple(dict.fromkeys(batch or DEFAULT_BATCHES))
         outcome = measure(
-            BenchRequest(
-                spec, run, bundle, target, tuple(dict.fromkeys(batch or DEFAULT_BATCHES)), repeats, fresh, out.progress
-            )
+            BenchRequest(spec, run, bundle, target, batches, repeats, shape, layers, device.value, fresh, out.progress)
         )
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
+
+
+def _random_data(seed: int, **others: object) -> "DataSpec":
+    """For a shape, whose tokens are random: nothing else may say what the data or the model is."""
+    for name, value in others.items():
+        if value is not None:
+            raise BadOption(
+                f"`--{name} {value}` means nothing with `--shape`", hint="a shape has random weights and random tokens"
+            )
+    from modes_cli.data.sample import DataSpec
+
+    return DataSpec("random", None, None, seed)
 
 
 def result(found: "Bench") -> dict[str, Any]:
@@ -69,4 +93,5 @@ def tables(found: "Bench") -> list[Any]:
     return [
         console.table("Time", columns, rows),
         f"{machine.cpu}, {machine.threads} threads, {machine.device}: measured limits {limits}",
+        *(f"note: {note}" for note in found.notes),
     ]

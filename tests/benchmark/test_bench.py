@@ -47,11 +47,13 @@ def test_needs_a_bundle(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_arithmetic_or_reading_whichever_is_longer() -> None:
-    cost = Cost(dense=1000, expert=100, experts=8, layers=2, top_k=2, bytes_per_parameter=4)
-    one = cost.limit(1, 0.0, MACHINE)
+    cost = Cost(dense=900, head=100, expert=100, experts=8, layers=2, top_k=2, bytes_per_parameter=4)
+    one = cost.limit(1, 0.0, MACHINE, logits=1)
     hit = 8 * (1 - (7 / 8) ** 2)  # distinct experts of two random pairs
     assert one == pytest.approx(4 * (1000 + 2 * hit * 100) / 1e9)
-    many = cost.limit(10_000, 0.0, MACHINE)
-    assert many == pytest.approx(2 * (10_000 * 1000 + 2 * 20_000 * 100) / 1e9)
-    assert cost.limit(1, 1.0, MACHINE) == pytest.approx(4 * 1000 / 1e9)
-    assert math.isclose(cost.limit(10_000, 0.5, MACHINE), 2 * (10_000 * 1000 + 2 * 10_000 * 100) / 1e9)
+    assert cost.limit(1, 0.0, MACHINE, logits=1, cached=500) == pytest.approx(one + 500 / 1e9)
+    many = cost.limit(10_000, 0.0, MACHINE, logits=10)
+    assert many == pytest.approx(2 * (10_000 * 900 + 10 * 100 + 2 * 20_000 * 100) / 1e9)
+    assert cost.limit(1, 1.0, MACHINE, logits=1) == pytest.approx(4 * 1000 / 1e9)
+    half = cost.limit(10_000, 0.5, MACHINE, logits=10)
+    assert math.isclose(half, 2 * (10_000 * 900 + 10 * 100 + 2 * 10_000 * 100) / 1e9)
