@@ -1,9 +1,10 @@
 """Run the kernel tests on libraries built with sanitizers: `make sanitize`.
 
-    python -m tools.sanitize [address] [thread]
+    python -m tools.sanitize [address] [thread] [emulated]
 
 address: invalid memory accesses and undefined behaviour, once for every instruction set that this machine has, and leaks;
-thread: data races. The library is built for both under build/sanitize; what is installed is left alone.
+thread: data races. emulated, only when asked for: invalid accesses of the CUDA kernels, on the emulator. Each has a library
+of its own under build/sanitize; what is installed is left alone.
 """
 
 import argparse
@@ -20,6 +21,7 @@ KERNELS, TESTS = ROOT / "kernels", ROOT / "tests" / "kernels"
 COMPILER = os.environ.get("CXX", "g++")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")  # widest first
 ARITHMETIC = ("isa", "memory", "shapes", "skip_experts", "threads")  # what differs between them
+EMULATED = ("layer", "decode", "hopper", "mma", "float")
 # Python, torch and the test tools leak at exit; the driver below has none of them, and is checked for leaks.
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
 
@@ -41,11 +43,18 @@ def cmake() -> str:
     return str(Path(sys.executable).parent / "cmake")
 
 
+def build_library(name: str, sanitizer: str, *options: str) -> Path:
+    """Folder of the kernel libraries, built without a CUDA compiler."""
+    folder, make = BUILD / name, cmake()
+    compiler = f"-DCMAKE_CXX_COMPILER={COMPILER}"
+    run(make, "-S", KERNELS, "-B", folder, f"-DMODES_SANITIZE={sanitizer}", "-DMODES_CUDA=OFF", compiler, *options)
+    run(make, "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    return folder
+
+
 def build(sanitizer: str) -> tuple[Path, Path]:
     """The library and tests/kernels/self_check.cpp, both with the sanitizer."""
-    folder, make = BUILD / sanitizer, cmake()
-    run(make, "-S", KERNELS, "-B", folder, f"-DMODES_SANITIZE={sanitizer}", f"-DCMAKE_CXX_COMPILER={COMPILER}")
-    run(make, "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    folder = build_library(sanitizer, sanitizer)
     library, check = folder / "libmodes_cpu.so", folder / "self_check"
     run(COMPILER, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", *FLAGS[sanitizer].split(),
         f"-I{KERNELS / 'include'}", TESTS / "self_check.cpp", library, "-o", check)  # fmt: skip
@@ -97,15 +106,24 @@ def thread() -> None:
     run(*fixed, check, TSAN_OPTIONS="halt_on_error=1")
 
 
+def emulated() -> None:
+    library = build_library("emulated", "address", "-DMODES_EMULATED=ON") / "libmodes_emulated.so"
+    files = [ROOT / "tests" / "cuda" / f"test_{name}.py" for name in EMULATED]
+    environment = {"MODES_TEST_EMULATED_LIBRARY": str(library), **preload()}
+    run(sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *files, **environment)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("sanitizers", nargs="*", choices=[[], *FLAGS], help="default: both")
+    parser.add_argument("sanitizers", nargs="*", choices=[[], *FLAGS, "emulated"], help="default: address and thread")
     wanted = parser.parse_args().sanitizers or list(FLAGS)
     try:
         if "address" in wanted:
             address()
         if "thread" in wanted:
             thread()
+        if "emulated" in wanted:
+            emulated()
     except subprocess.CalledProcessError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1

@@ -71,18 +71,19 @@ def commands(folder: Path) -> dict[Path, list[str]]:
         file = Path(entry["file"])
         if file.suffix == ".cu":
             words = shlex.split(_ARCHITECTURE_OPTION.sub("", entry["command"]))
-            found[file] = words[: words.index("-o")] if "-o" in words else words
+            end = min(words.index(word) for word in ("-MD", "-c", "-o", "-x") if word in words)
+            found[file] = words[:end]
     return found
 
 
-def compiled(file: Path, command: list[str], architecture: str) -> list[Kernel]:
-    """Compile one file for one architecture.
+def compiled(folder: Path, file: Path, command: list[str], architecture: str) -> list[Kernel]:
+    """Compile one file for one architecture. The command's own paths are relative to `folder`.
 
     Raises:
         subprocess.CalledProcessError: it does not compile; what the compiler said is in `stderr`.
     """
     target = [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-c", str(file), "-o", os.devnull]
-    done = subprocess.run([*command, *target], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, *target], cwd=folder, capture_output=True, text=True, check=True)
     return list(parse(file.name, done.stderr + done.stdout))
 
 
@@ -111,7 +112,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sources = commands(Path(folder))
-        jobs = [(f, c, a) for f, c in sources.items() for a in options.architectures if a in ONLY.get(f.name, ARCHITECTURES)]
+        jobs = [(Path(folder), f, c, a) for f, c in sources.items() for a in options.architectures if a in ONLY.get(f.name, ARCHITECTURES)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 found = [kernel for kernels in pool.map(lambda job: compiled(*job), jobs) for kernel in kernels]

@@ -87,7 +87,7 @@ __device__ __forceinline__ void for_tiles(const Routed& routed, int64_t columns,
 }
 
 template <class A, class W>
-__global__ void __launch_bounds__(kThreads) plain_gate_up(const __grid_constant__ Problem in) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) plain_gate_up(const __grid_constant__ Problem in) {
   __shared__ Tile x, gate_tile, up_tile;
   wait_for_previous_kernel();
   const int64_t H = in.hidden, I = in.intermediate;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) plain_gate_up(const __grid_constant_
 }
 
 template <class A, class W>
-__global__ void __launch_bounds__(kThreads) plain_down(const __grid_constant__ Problem in) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) plain_down(const __grid_constant__ Problem in) {
   __shared__ Tile x, tile;
   wait_for_previous_kernel();
   const int64_t H = in.hidden, I = in.intermediate;

@@ -166,7 +166,7 @@ class _DecoderBench:
         else:
             work = partial(_with_rule, engine, rule, scene.forward if self._graphs else scene.as_it_comes)
             if self._graphs:  # all graphs of an engine read their thresholds at one place: those of the last rule used
-                ready = partial(engine._place(self._device).use, rule)
+                ready = partial(engine.hand_over, rule, self._device)
         if not self._graphs:
             return self._timed(scene, runtime, ratio, self._clock(work))
         try:

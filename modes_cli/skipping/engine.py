@@ -240,6 +240,10 @@ class SkipEngine:
             self._group, self._real = self._group.to(hidden.device), self._real.to(hidden.device)
         return self._group, self._real
 
+    def hand_over(self, rule: Rule, device: torch.device) -> None:
+        """Put a rule's thresholds where forwards on `device` that were captured as CUDA graphs read them."""
+        self._place(device).use(rule)
+
     # -- for a while --------------------------------------------------------------------------------------------------
 
     @contextmanager
