@@ -9,11 +9,12 @@ of its own under build/sanitize; what is installed is left alone.
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tools.cmake import find_cmake
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "sanitize"
@@ -32,15 +33,11 @@ def run(*words: str | Path, **environment: str) -> None:
 
 
 def cmake() -> str:
-    """A CMake that is new enough; installed next to this Python where the system has none."""
-    for name in (str(Path(sys.executable).parent / "cmake"), shutil.which("cmake")):
-        if not name or not Path(name).exists():
-            continue
-        version = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
-        if (match := re.search(r"(\d+)\.(\d+)", version)) and (int(match[1]), int(match[2])) >= (3, 24):
-            return name
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "cmake>=3.24")
-    return str(Path(sys.executable).parent / "cmake")
+    """A CMake that is new enough; installed next to this Python where there is none."""
+    found = find_cmake()
+    if found is None:
+        run(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "cmake>=3.24")
+    return found or str(Path(sys.executable).parent / "cmake")
 
 
 def build_library(name: str, sanitizer: str, *options: str) -> Path:

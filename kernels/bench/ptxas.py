@@ -20,6 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, its folder is there instead
+
+from tools.cmake import find_cmake
+
 KERNELS = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "86", "89", "90a", "120")
 ONLY = {"hopper.cu": ("90a",)}  # files with instructions that one architecture has
@@ -63,7 +67,7 @@ def parse(file: str, text: str) -> Iterator[Kernel]:
 def commands(folder: Path) -> dict[Path, list[str]]:
     """How the build compiles each CUDA file, without its architectures and its output."""
     subprocess.run(
-        [cmake(), "-S", str(KERNELS), "-B", str(folder), "-DMODES_CUDA=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"],
+        [find_cmake() or "cmake", "-S", KERNELS, "-B", folder, "-DMODES_CUDA=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     found = {}
@@ -99,12 +103,6 @@ def readable(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short, strict=True))
 
 
-def cmake() -> str:
-    """The CMake of this environment, else the system's."""
-    own = Path(sys.executable).parent / "cmake"
-    return str(own) if own.exists() else shutil.which("cmake") or "cmake"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, shared memory and spills of every CUDA kernel.")
     parser.add_argument("--out", type=Path, help="write the JSON here")
@@ -112,7 +110,12 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sources = commands(Path(folder))
-        jobs = [(Path(folder), f, c, a) for f, c in sources.items() for a in options.architectures if a in ONLY.get(f.name, ARCHITECTURES)]
+        jobs = [
+            (Path(folder), f, c, a)
+            for f, c in sources.items()
+            for a in options.architectures
+            if a in ONLY.get(f.name, ARCHITECTURES)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
                 found = [kernel for kernels in pool.map(lambda job: compiled(*job), jobs) for kernel in kernels]

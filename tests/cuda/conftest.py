@@ -6,10 +6,8 @@ MODES_TEST_CUDA_LIBRARY name other libraries to test. Only tests read them, as w
 
 import fcntl
 import os
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,20 +16,11 @@ import torch
 from modes_cli.runtime import libraries
 from tests.cuda.calling import Device
 from tests.kernels.calling import ROOT
+from tools.cmake import find_cmake
 
 BUILD = ROOT / "build" / "emulated"
 COMPILER = os.environ.get("CXX", "g++")
 DEVICES = ("emulated 8.0", "emulated 9.0", pytest.param("gpu", marks=pytest.mark.gpu))
-
-
-def find_cmake() -> str | None:
-    for name in (str(Path(sys.executable).parent / "cmake"), shutil.which("cmake")):
-        if not name or not Path(name).exists():
-            continue
-        version = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
-        if (match := re.search(r"(\d+)\.(\d+)", version)) and (int(match[1]), int(match[2])) >= (3, 24):
-            return name
-    return None
 
 
 def run(*words: str | Path) -> None:
