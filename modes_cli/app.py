@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modes_cli import failures
+from modes_cli import failures, ranks
 from modes_cli.commands import bench, calibrate, demo, doctor, evaluate, export, generate, profile, report, search, verify
 
 app = typer.Typer(
@@ -65,6 +65,7 @@ def run(arguments: list[str]) -> int:
     flags = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     out = sys.stdout if "--json" in flags else None
     try:
+        ranks.require_shared(arguments[0])
         code: Any = typer.main.get_command(app).main(args=arguments, prog_name="modes", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -73,7 +74,8 @@ def run(arguments: list[str]) -> int:
         return 1
     except (Exception, KeyboardInterrupt) as error:  # the last place: whatever it is, the user gets one line
         failure = _usage(error) or failures.describe(error)
-        failures.report(failure, out=out, error=error if "--debug" in flags else None)
+        if failures.ours_to_tell(error):
+            failures.report(failure, out=out, error=error if "--debug" in flags else None)
         return failure.exit_code
 
 

@@ -5,6 +5,7 @@ session writes its results to a copy of the real stdout.
 """
 
 import contextlib
+import io
 import json as jsonlib
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from modes_cli import failures
+from modes_cli import failures, ranks
 from modes_cli.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -105,13 +106,17 @@ class Session:
 def session(*, json: bool = False, quiet: bool = False, debug: bool = False) -> Iterator[Session]:
     """Everything a command does happens inside: what it raises is reported here and ends the process.
 
+    Of several processes that share a command, only the first prints.
+
     Args:
         json: exactly one JSON object on stdout, instead of tables.
         quiet: no progress, no logs.
         debug: tracebacks, and what libraries log.
     """
+    first = ranks.is_first()
+    quiet = quiet or not first
     with _real_stdout() as out:
-        current = Session(out, json=json, quiet=quiet)
+        current = Session(out if first else io.StringIO(), json=json, quiet=quiet)
         try:
             with _libraries(quiet=quiet, debug=debug), _bar(current, quiet=quiet):
                 yield current
@@ -120,7 +125,8 @@ def session(*, json: bool = False, quiet: bool = False, debug: bool = False) -> 
             raise
         except (Exception, KeyboardInterrupt) as error:
             failure = failures.describe(error)
-            failures.report(failure, out=out if json else None, error=error if debug else None, result=current.result)
+            if failures.ours_to_tell(error):
+                failures.report(failure, out=out if json else None, error=error if debug else None, result=current.result)
             raise typer.Exit(failure.exit_code) from error
 
 

@@ -97,6 +97,29 @@ class RunLocked(ModesError):
     """Another process is writing in the run folder."""
 
 
+class ElsewhereFailed(ModesError):
+    """Another of several processes failed, and this one ends with it: the same exit code, kind and hint."""
+
+    def __init__(self, rank: int, world: int, exit_code: int, kind: str, message: str, hint: str | None) -> None:
+        super().__init__(f"process `{rank}` of {world}: {message}", hint=hint)
+        self.exit_code, self._kind = exit_code, kind
+
+    @property
+    def kind(self) -> str:
+        return self._kind
+
+
+class ProcessLost(ModesError):
+    """One of several processes is gone, never came, or does not answer. `own`: what had gone wrong here by then."""
+
+    def __init__(self, rank: int, world: int, own: str | None = None) -> None:
+        lost = "has lost another one, which ended or does not answer"
+        super().__init__(
+            f"process `{rank}` of {world} {lost}" if own is None else f"process `{rank}` of {world}: {own}",
+            hint="what the others wrote last may say more; what was finished is valid: the same command continues",
+        )
+
+
 class GateFailed(ModesError):
     """A quality gate did not hold; pipelines stop here."""
 

@@ -9,7 +9,8 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from modes_cli.errors import ModesError, first_line, is_memory
+from modes_cli import ranks
+from modes_cli.errors import ModesError, ProcessLost, first_line, is_memory
 
 USAGE = 2
 INTERRUPTED = 130
@@ -44,6 +45,11 @@ def describe(error: BaseException) -> Failure:
         return Failure("disk_full", f"no space left on the disk{where}", f"free some space; {_CONTINUES}", 1)
     message = f"unexpected {type(error).__name__}: {first_line(error)}"
     return Failure("unexpected", message, "run it again with `--debug` for the traceback, and report it", 2)
+
+
+def ours_to_tell(error: BaseException) -> bool:
+    """Whether this process reports an error: of several, only the first does, unless it cannot have been told."""
+    return ranks.is_first() or isinstance(error, ProcessLost)
 
 
 def usage(message: str, command: str) -> Failure:

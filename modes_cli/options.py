@@ -35,6 +35,17 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class DeviceMap(StrEnum):
+    auto = "auto"
+    balanced = "balanced"
+    sequential = "sequential"
+
+
+class Family(StrEnum):
+    known = "known"
+    auto = "auto"
+
+
 class Strategy(StrEnum):
     frontier = "frontier"
     two_pointer = "two-pointer"
@@ -63,6 +74,17 @@ DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Of weights and activations; auto: the checkpoint's.", rich_help_panel=_MODEL)
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto: CUDA where there is one.", rich_help_panel=_MODEL)]
+FamilyOption = Annotated[
+    Family,
+    typer.Option("--family", help="auto: also one that is not tested, if its experts are understood.", rich_help_panel=_MODEL),
+]
+DeviceMapOption = Annotated[
+    DeviceMap | None,
+    typer.Option("--device-map", help="Spread the weights over all GPUs.", show_default=False, rich_help_panel=_MODEL),
+]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Read each layer's weights when it runs: less memory, slower.", rich_help_panel=_MODEL)
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=_MODEL)
 ]

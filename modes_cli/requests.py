@@ -13,7 +13,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which checkpoint and how to load it. `id` is a Hugging Face id, a folder, or `digits`."""
+    """Which checkpoint and how to load it. `id` is a Hugging Face id, a folder, or `digits`.
+
+    `device_map`: how transformers spreads the weights over several devices. `offload`: decoder layers are read when they run.
+    `family`: whether one that is not tested may be profiled and calibrated.
+    """
 
     id: str
     revision: str | None = None
@@ -21,6 +25,9 @@ class ModelSpec:
     device: str = "auto"  # auto | cpu | cuda
     trust_remote_code: bool = False
     text_only: bool = False
+    device_map: str | None = None  # auto | balanced | sequential
+    offload: bool = False
+    family: str = "known"  # known | auto
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class SearchRequest:
     trust_remote_code: bool = False
     fresh: bool = False
     progress: Progress = field(default_factory=Silent)
+    device_map: str | None = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Of the run's model (runtime `torch`) or of `bundle` (runtime `ort`). `target` None: as in ExportRequest."""
+    """Of the run's model (runtime `torch`) or of `bundle` (runtime `ort`). `target` None: as in ExportRequest.
+
+    `lmms_tasks`: tasks of lmms-eval, by name or as .yaml files, instead of `data`, of which `samples` limits each task.
+    """
 
     data: DataSpec
     run: Path | None = None
@@ -94,6 +106,9 @@ class EvaluateRequest:
     trust_remote_code: bool = False
     fresh: bool = False
     progress: Progress = field(default_factory=Silent)
+    device_map: str | None = None
+    offload: bool = False
+    lmms_tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

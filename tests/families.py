@@ -200,7 +200,7 @@ def step3p7() -> Made:
 
 
 def llama4() -> Made:
-    """Its experts take one padded batch of all tokens instead of an index: a form that is not understood."""
+    """Its experts take one batch of all tokens for each of them instead of an index."""
     text = {**_TEXT, "intermediate_size": 32, "intermediate_size_mlp": 96, "num_hidden_layers": 2, "rope_parameters": _ROPE}
     vision = {
         "hidden_size": 32,

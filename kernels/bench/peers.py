@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 
 from kernels.bench.cases import Layer, Routed, Shape
 from kernels.bench.ours import FEW_TOKENS, Ours, Runtime
-from modes_cli.skipping.engine import _survivors
+from modes_cli.skipping.pairs import survivors
 from modes_cli.skipping.policy import routing_probability
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -43,7 +43,7 @@ class Transformers:
 
 
 def _drop(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, tau: Tensor) -> Tensor:
-    return _survivors(module, x, ids, weights, routing_probability(weights) >= tau)
+    return survivors(module, x, ids, weights, routing_probability(weights) >= tau)
 
 
 def _experts(shape: Shape, layer: Layer, implementation: str) -> Any:

@@ -32,10 +32,12 @@ class DecoderInfo(Strict):
     layers: Positive
     kv_heads: Positive
     head_dim: Positive
+    value_dim: Positive | None = None  # of cached values, where it is not head_dim; with latent attention the rotated part
     hidden_size: Positive
     vocab_size: Positive
     deepstack: Count
     position_rows: Literal[1, 3]
+    frames_together: bool = False  # whether the vision graph must see the frames of a clip together
 
 
 class Bundle(Strict):

@@ -1,12 +1,14 @@
 """calibration.json: layer importance (MoDES eq. 2). Routing scores and reference distributions: calibration.safetensors."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from modes_cli.artifacts.base import Artifact, Count, NonNegative, Positive, Strict, TensorFile
 
 SUM_TOLERANCE = 1e-6
+# Of pixels and question: the first 64 bits of a SHA-256, to tell whether `evaluate` scores what was calibrated on.
+SampleDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 class LayerImportance(Strict):
@@ -40,6 +42,7 @@ class Calibration(Artifact):
     forward_equivalents: NonNegative
     naive_forwards: NonNegative
     tensors: TensorFile
+    sample_digests: list[SampleDigest] | None = None  # in order; files of earlier versions have none
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> "Calibration":
@@ -49,6 +52,8 @@ class Calibration(Artifact):
             total = sum(getattr(layer, column) for layer in self.importance.values())
             if total != 0 and abs(total - 1.0) > SUM_TOLERANCE:
                 raise ValueError(f"importance `{column}` sums to {total!r}, not 1")
+        if self.sample_digests is not None and len(self.sample_digests) != self.samples:
+            raise ValueError(f"sample_digests has {len(self.sample_digests)} entries, samples is {self.samples}")
         if sum(layer.all for layer in self.importance.values()) == 0:
             raise ValueError("importance is 0 in every layer")
         return self

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from modes_cli.artifacts.base import Artifact, NonNegative, Positive, Ratio, Sha256, Strict
+from modes_cli.artifacts.base import Artifact, Count, NonNegative, Positive, Ratio, Sha256, Strict
 
 
 class TaskAccuracy(Strict):
@@ -38,3 +38,4 @@ class Evaluation(Artifact):
     changed: list[ChangedAnswer]
     full_seconds: NonNegative
     skipped_seconds: NonNegative
+    overlap: Count | None = None  # samples that were calibrated on too; None: it is not known which those are

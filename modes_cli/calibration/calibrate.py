@@ -11,10 +11,13 @@ from modes_cli.calibration.scores import ScoreHistogram
 from modes_cli.calibration.unfinished import FILE as UNFINISHED
 from modes_cli.calibration.unfinished import Unfinished
 from modes_cli.data import batches, open_source
+from modes_cli.data.overlap import sample_digest
+from modes_cli.distributed import Ranks, joined
+from modes_cli.errors import ModesError
 from modes_cli.models.groups import GROUPS, TEXT, VISION
-from modes_cli.models.identity import identity
+from modes_cli.models.identity import Identity, identity
 from modes_cli.models.inputs import Batch, measuring_batch
-from modes_cli.models.loading import Loaded, load, versions
+from modes_cli.models.loading import Loaded, load
 from modes_cli.requests import CalibrateRequest, Outcome
 from modes_cli.run_folder import RunFolder
 from modes_cli.skipping.engine import Drop, Routing, SkipEngine
@@ -27,9 +30,19 @@ COLUMNS: tuple[tuple[str, int | None], ...] = (("all", None), ("text", TEXT), ("
 def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
     """Measure importance, routing scores and reference distributions, and write calibration.json and .safetensors.
 
+    Started as several processes, each measures its share of the batches, and the first writes the same bytes that a single
+    one would.
+
     Raises:
         StaleArtifact: the run folder holds a calibration made from something else, and `fresh` was not asked for.
+        ElsewhereFailed, ProcessLost: another of the processes failed, or is gone.
     """
+    with joined() as ranks:
+        return _calibrate(request, ranks)
+
+
+def _calibrate(request: CalibrateRequest, ranks: Ranks) -> Outcome[Calibration]:
+    ranks.require_one_device_each(request.model.device_map)
     run = RunFolder(request.run)
     source = open_source(request.data, text_only=request.model.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
@@ -40,36 +53,64 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
         "answer_column": request.data.answer_column,
     }
     expected = identity(request.model, source, options)
+    ranks.agree("model, data or library version", expected.flat)
+    unfinished = Unfinished(run.file(UNFINISHED), expected.flat)
     if not request.fresh:
-        kept = run.read_if_same(Calibration, expected.flat, renew=expected.renew("calibrate", run))
-        if kept is not None:
-            run.check_tensors(kept.tensors, Calibration)
-            Unfinished(run.file(UNFINISHED), expected.flat).remove()
-            return Outcome(kept, run.file(Calibration.FILE), reused=True)
+        kept = _kept(run, expected) if ranks.first else None
+        if said := ranks.tell("" if kept is None else kept.model_dump_json()):
+            if ranks.first:
+                unfinished.remove()
+            return Outcome(Calibration.model_validate_json(said), run.file(Calibration.FILE), reused=True)
     loaded = load(request.model)
-    measured, unfinished = _Measurement(loaded), Unfinished(run.file(UNFINISHED), expected.flat)
-    before = None if request.fresh else unfinished.restore()
+    measured, digests = _Measurement(loaded), list[str]()
+    before = unfinished.restore() if ranks.first and not request.fresh else None
     if before is not None:
         measured.resume(*before)
+    done = int(ranks.tell(str(measured.batches)))  # the first process alone keeps sums
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     request.progress.start("calibrate", len(source))
     try:
         with Replay(loaded.model, loaded.blocks) as replay:
-            for number, samples in enumerate(batches(source, request.batch_size)):
-                if number >= measured.batches:
-                    measured.add(measuring_batch(loaded, samples), engine, replay)
-                    unfinished.save(measured.state(), measured.batches)
-                request.progress.advance(len(samples))
+            for together in ranks.rounds(batches(source, request.batch_size), done):
+                own: dict[str, torch.Tensor] | None = None
+                for number, samples in together:
+                    digests += [sample_digest(sample) for sample in samples]
+                    if number >= done and ranks.owns(number):
+                        own = measured.measure(number, measuring_batch(loaded, samples), engine, replay)
+                if together[-1][0] >= done:
+                    for found in ranks.gather(own):
+                        measured.add(found)
+                    if ranks.first:
+                        unfinished.save(measured.state(), measured.batches)
+                request.progress.advance(sum(len(samples) for _, samples in together))
     finally:
         engine.remove()
-    forwards = measured.layers_run / replay.layers
+    said = ""
+    if ranks.first:
+        said = _write(run, loaded, expected, measured, replay.layers, digests).model_dump_json()
+        unfinished.remove()
+    return Outcome(Calibration.model_validate_json(ranks.tell(said)), run.file(Calibration.FILE))
+
+
+def _kept(run: RunFolder, expected: Identity) -> Calibration | None:
+    """The calibration that is there, if it was made from exactly this."""
+    kept = run.read_if_same(Calibration, expected.flat, renew=expected.renew("calibrate", run))
+    if kept is not None:
+        run.check_tensors(kept.tensors, Calibration)
+    return kept
+
+
+def _write(
+    run: RunFolder, loaded: Loaded, made_from: Identity, measured: "_Measurement", layers: int, digests: list[str]
+) -> Calibration:
+    """Both files. `layers`: how many decoder layers a forward runs."""
     tensors = run.write_tensors(TENSORS, measured.tensors(), Calibration)
     naive = (1 + len(COLUMNS) * len(loaded.blocks)) * measured.batches
     artifact = Calibration(
         model=loaded.info,
-        data=expected.data,
-        options=options,
-        versions=versions(),
+        data=made_from.data,
+        options=made_from.options,
+        versions=made_from.versions,
         family=loaded.family,
         moe_layers=len(loaded.blocks),
         experts=loaded.blocks[0].num_experts,
@@ -78,18 +119,18 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
         importance=measured.importance(),
         tokens=measured.tokens(),
         answer_tokens=measured.answer_tokens,
-        samples=len(source),
-        forward_equivalents=forwards / measured.batches,
+        samples=made_from.data.samples,
+        sample_digests=digests,
+        forward_equivalents=measured.layers_run / layers / measured.batches,
         naive_forwards=naive / measured.batches,
         tensors=tensors,
     )
-    path = run.write(artifact)
-    unfinished.remove()
-    return Outcome(artifact, path)
+    run.write(artifact)
+    return artifact
 
 
 class _Measurement:
-    """Sums over batches, in float64 and integers."""
+    """Sums over batches, in float64 and integers. Only the first process has them; `measure` is everybody's."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.blocks, self.top_k = loaded.blocks, loaded.blocks[0].top_k
@@ -112,21 +153,40 @@ class _Measurement:
         self.reference, self.batches = [state["reference"]], batches
         self.answer_tokens, self.layers_run = state["counters"].tolist()
 
-    def add(self, batch: Batch, engine: SkipEngine, replay: Replay) -> None:
+    def measure(self, number: int, batch: Batch, engine: SkipEngine, replay: Replay) -> dict[str, torch.Tensor]:
+        """What one batch gives, to be added: its `number`, `damage`, `histogram`, `reference` and `layers_run`."""
+        histogram = ScoreHistogram(len(self.blocks))
+        damage = torch.zeros_like(self.damage)
+        before = replay.layers_run
+
         def watch(routing: Routing) -> None:
-            self.histogram.add(routing.layer, routing.pi, routing.group)
+            histogram.add(routing.layer, routing.pi, routing.group)
 
         with engine.using(watch=watch):
             full = log_distribution(replay.record(batch))
-        self.reference.append(full)
-        self.answer_tokens += full.shape[0]
-        self.batches += 1
-        before = replay.layers_run - replay.layers  # the recording above counts too
+        replay.check(batch)
         for block in self.blocks:
             for column, (_, group) in enumerate(COLUMNS):
                 with engine.using(drop=Drop(block.index, group)):
-                    self.damage[block.index, column] += kl_sum(full, replay.run(batch, block.layer))
-        self.layers_run += replay.layers_run - before
+                    damage[block.index, column] = kl_sum(full, replay.run(batch, block.layer))
+        return {
+            "number": torch.tensor(number),
+            "damage": damage,
+            "histogram": histogram.counts,
+            "reference": full,
+            "layers_run": torch.tensor(replay.layers_run - before),
+        }
+
+    def add(self, found: dict[str, torch.Tensor]) -> None:
+        """Add one batch; in the order of the batches, because float64 sums depend on it."""
+        if (number := int(found["number"])) != self.batches:
+            raise ModesError(f"batch `{number}` was measured where `{self.batches}` was due", hint="report this")
+        self.damage += found["damage"]
+        self.histogram.counts += found["histogram"]
+        self.reference.append(found["reference"])
+        self.answer_tokens += found["reference"].shape[0]
+        self.batches += 1
+        self.layers_run += int(found["layers_run"])
 
     def importance(self) -> dict[str, LayerImportance]:
         kl = self.damage / self.answer_tokens

@@ -4,6 +4,9 @@ The real top-level forward is called every time; what changes is what its module
 keeps a copy of its output and each vision module its result. While replaying from layer l, layers before l - 1 hand their
 input through, layer l - 1 returns its recorded output, and vision modules return their recorded result; masks, rotary
 embeddings, DeepStack additions and the head are done by the model itself, so nothing family-specific is needed.
+
+Layers that hand each other more than the hidden states (keys and values shared between layers) would miss it. That is not
+concluded from names: `check` compares a replay with its recording, and where they differ whole forwards are run.
 """
 
 import copy
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from modes_cli.errors import UnknownLayout
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.inputs import Batch
+from modes_cli.models.layouts import replace_forward
 
 
 class Replay:
@@ -34,30 +38,60 @@ class Replay:
         self._outputs: list[Any] = []
         self._encoded: dict[nn.Module, Any] = {}
         self._start: int | None = None  # None: recording
+        self._undo: list[Callable[[], None]] = []
+        self._blocks = blocks
+        self._whole: set[int] | None = None  # decoder layers that cannot be replayed from; None: not checked yet
+        self._logits: Tensor | None = None
         self.layers = len(self._layers)
         self.layers_run = 0
 
     def __enter__(self) -> "Replay":
         for position, layer in enumerate(self._layers):
-            _wrap(layer, partial(self._layer, position))
+            self._undo.append(_wrap(layer, partial(self._layer, position)))
         for module in self._vision:
-            _wrap(module, partial(self._encode, module))
+            self._undo.append(_wrap(module, partial(self._encode, module)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module in [*self._layers, *self._vision]:
-            module.__dict__.pop("forward", None)
-        self._outputs, self._encoded = [], {}
+        while self._undo:
+            self._undo.pop()()
+        self._outputs, self._encoded, self._logits = [], {}, None
 
     def record(self, batch: Batch) -> Tensor:
         """A full forward, remembered. Returns logits at the answer positions: [answer tokens, V]."""
         self._start, self._outputs, self._encoded = None, [None] * self.layers, {}
-        return answer_logits(self.model, batch)
+        self._logits = answer_logits(self.model, batch)
+        return self._logits
+
+    def check(self, batch: Batch) -> None:
+        """Once, after the first recording: find the MoE layers that a replay does not give the recorded bits from.
+
+        What it runs is not counted in `layers_run`: it belongs to no measurement.
+
+        Raises:
+            UnknownLayout: not even a whole forward with recorded images gives them.
+        """
+        if self._whole is not None or self._logits is None:
+            return
+        before, recorded = self.layers_run, self._logits
+        found = {block.layer for block in self._blocks if not self._gives(recorded, batch, block.layer)}
+        if found and not self._gives(recorded, batch, 0):
+            raise UnknownLayout(
+                f"`{type(self.model).__name__}` does not give the same output twice for the same input",
+                hint="importance cannot be measured by leaving experts out",
+            )
+        self._whole, self.layers_run = found, before
 
     def run(self, batch: Batch, layer: int) -> Tensor:
         """The recorded forward again, computing decoder layers from `layer` on."""
-        self._start = layer
+        self._start = 0 if self._whole and layer in self._whole else layer
         return answer_logits(self.model, batch)
+
+    def _gives(self, recorded: Tensor, batch: Batch, layer: int) -> bool:
+        try:
+            return torch.equal(self.run(batch, layer), recorded)
+        except (KeyError, IndexError, AttributeError, TypeError):  # what an earlier layer should have left is not there
+            return False
 
     def _layer(self, position: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._start is None:
@@ -82,10 +116,14 @@ class Replay:
 
 @torch.no_grad()
 def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits at a batch's answer positions, [answer tokens, V], rows in reading order. The head runs there only."""
+    """Logits at a batch's answer positions, [answer tokens, V], rows in reading order.
+
+    The head runs there only, in families that can be told to; the others give logits everywhere.
+    """
     positions = batch.answer.any(0).nonzero(as_tuple=True)[0]
     out = model(**batch.inputs, logits_to_keep=positions, use_cache=False)
-    logits: Tensor = out.logits[batch.answer[:, positions]]
+    everywhere = out.logits.shape[1] == batch.answer.shape[1]
+    logits: Tensor = out.logits[batch.answer if everywhere else batch.answer[:, positions]]
     return logits
 
 
@@ -95,9 +133,11 @@ def _clone(output: Any) -> Any:
     return tuple(part.clone() if isinstance(part, Tensor) else part for part in output)
 
 
-def _wrap(module: nn.Module, through: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+def _wrap(
+    module: nn.Module, through: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+) -> Callable[[], None]:
     original = module.forward
-    module.forward = lambda *args, **kwargs: through(original, args, kwargs)
+    return replace_forward(module, lambda *args, **kwargs: through(original, args, kwargs))
 
 
 def _decoder_layers(decoder: nn.Module) -> list[nn.Module]:

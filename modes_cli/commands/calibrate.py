@@ -17,6 +17,9 @@ def calibrate(
     device: options.DeviceOption = options.Device.auto,
     trust_remote_code: options.TrustRemoteCode = False,
     text_only: options.TextOnly = False,
+    family: options.FamilyOption = options.Family.known,
+    device_map: options.DeviceMapOption = None,
+    offload: options.Offload = False,
     data: options.Data = None,
     split: options.Split = None,
     samples: options.Samples = None,
@@ -37,7 +40,10 @@ def calibrate(
         from modes_cli.calibration import calibrate as measure
         from modes_cli.requests import CalibrateRequest, ModelSpec
 
-        checkpoint = ModelSpec(model, revision, dtype.value, device.value, trust_remote_code, text_only)
+        spread = device_map and device_map.value
+        checkpoint = ModelSpec(
+            model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value
+        )
         outcome = measure(CalibrateRequest(checkpoint, spec, run, batch_size, fresh, out.progress))
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
 

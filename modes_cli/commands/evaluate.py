@@ -12,6 +12,7 @@ from modes_cli.errors import BadOption, GateFailed
 
 if TYPE_CHECKING:
     from modes_cli.artifacts import Evaluation
+    from modes_cli.data.sample import DataSpec
 
 
 def evaluate(
@@ -29,7 +30,13 @@ def evaluate(
     question_column: options.QuestionColumn = None,
     answer_column: options.AnswerColumn = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    lmms_tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lmms-eval instead of --data: names or .yaml files, with commas."),
+    ] = None,
     device: options.DeviceOption = options.Device.auto,
+    device_map: options.DeviceMapOption = None,
+    offload: options.Offload = False,
     trust_remote_code: options.TrustRemoteCode = False,
     run: options.RunDir = None,
     fresh: options.Fresh = False,
@@ -40,15 +47,32 @@ def evaluate(
     """Accuracy, full and skipped, of the run's model or of an exported bundle."""
     with console.session(json=json, quiet=quiet, debug=debug) as out:
         _require_sane(target, min_retained)
-        spec = options.evaluation_data(
-            model_of(run, bundle), data, split, samples, seed, (image_column, question_column, answer_column)
-        )
+        if bundle is not None and (offload or device_map is not None):
+            raise BadOption("`--offload` and `--device-map` are for the run's model", hint="a bundle runs in ONNX Runtime")
+        columns = (image_column, question_column, answer_column)
+        tasks = tuple(task.strip() for task in (lmms_tasks or "").split(",") if task.strip())
+        if lmms_tasks is None:
+            spec = options.evaluation_data(model_of(run, bundle), data, split, samples, seed, columns)
+        else:
+            spec = _tasks_data(tasks, lmms_tasks, samples, (data, split, *columns))
         from modes_cli.evaluation import evaluate as measure
         from modes_cli.requests import EvaluateRequest
 
         outcome = measure(
             EvaluateRequest(
-                spec, run, bundle, target, batch_size, max_new_tokens, device.value, trust_remote_code, fresh, out.progress
+                spec,
+                run,
+                bundle,
+                target,
+                batch_size,
+                max_new_tokens,
+                device.value,
+                trust_remote_code,
+                fresh,
+                out.progress,
+                device_map and device_map.value,
+                offload,
+                tasks,
             )
         )
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
@@ -62,6 +86,23 @@ def _require_sane(target: float | None, min_retained: float | None) -> None:
         raise BadOption(
             f"`--min-retained {min_retained}` is not a share", hint="0.97 asks for 97% of the full model's accuracy"
         )
+
+
+def _tasks_data(tasks: tuple[str, ...], given: str, samples: int | None, others: tuple[str | None, ...]) -> "DataSpec":
+    """Tasks bring their own data; `samples` limits each of them.
+
+    Raises:
+        BadOption: no task, or options about other data.
+    """
+    from modes_cli.data.sample import DataSpec
+
+    if not tasks:
+        raise BadOption(f"`--lmms-tasks {given}` names no task", hint="for example `--lmms-tasks chartqa,mmstar`")
+    if any(other is not None for other in others):
+        raise BadOption(
+            f"`--lmms-tasks {given}` brings its own data", hint="leave out `--data`, `--split` and the options for columns"
+        )
+    return DataSpec(f"lmms-eval: {','.join(tasks)}", None, samples)
 
 
 def model_of(run: Path | None, bundle: Path | None) -> str:
@@ -96,6 +137,7 @@ def result(found: "Evaluation") -> dict[str, Any]:
         "skip_ratio": found.skip_ratio,
         "per_task": {task: one.model_dump() for task, one in found.per_task.items()},
         "policies": found.policies,
+        "overlap": found.overlap,
     }
 
 

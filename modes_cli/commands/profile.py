@@ -1,8 +1,11 @@
 """`modes profile`: what a model's MoE blocks look like and cost."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from modes_cli import console, options
+from modes_cli.commands import planning
 
 if TYPE_CHECKING:
     from modes_cli.artifacts import Profile
@@ -15,6 +18,9 @@ def profile(
     device: options.DeviceOption = options.Device.auto,
     trust_remote_code: options.TrustRemoteCode = False,
     text_only: options.TextOnly = False,
+    family: options.FamilyOption = options.Family.known,
+    device_map: options.DeviceMapOption = None,
+    offload: options.Offload = False,
     data: options.Data = None,
     split: options.Split = None,
     samples: options.Samples = None,
@@ -25,6 +31,9 @@ def profile(
     answer_column: options.AnswerColumn = None,
     run: options.RunDir = None,
     fresh: options.Fresh = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Read no weights: structure, memory and passes that a calibration needs.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -32,10 +41,20 @@ def profile(
     """Find the MoE blocks: counts, routing statistics and costs per layer and modality."""
     with console.session(json=json, quiet=quiet, debug=debug) as out:
         spec = options.calibration_data(model, data, split, samples, seed, (image_column, question_column, answer_column))
-        from modes_cli.models.profiling import profile_model
         from modes_cli.requests import ModelSpec, ProfileRequest
 
-        checkpoint = ModelSpec(model, revision, dtype.value, device.value, trust_remote_code, text_only)
+        spread = device_map and device_map.value
+        checkpoint = ModelSpec(
+            model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value
+        )
+        if plan:
+            from modes_cli.models.plan import make_plan
+
+            made = make_plan(checkpoint, spec.samples or batch_size, batch_size)
+            out.show(planning.result(made), *planning.tables(made))
+            return
+        from modes_cli.models.profiling import profile_model
+
         outcome = profile_model(ProfileRequest(checkpoint, spec, run, batch_size, fresh, out.progress))
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
 

@@ -28,6 +28,8 @@ def search(
     passes: Annotated[int, typer.Option(min=1, help="Most passes over the calibration set per target.")] = 12,
     grid: Annotated[int, typer.Option(min=2, help="Thresholds per axis of two-pointer and exhaustive.")] = 100,
     device: options.DeviceOption = options.Device.auto,
+    device_map: options.DeviceMapOption = None,
+    offload: options.Offload = False,
     trust_remote_code: options.TrustRemoteCode = False,
     run: options.RunDir = None,
     fresh: options.Fresh = False,
@@ -45,7 +47,18 @@ def search(
 
         outcome = find_thresholds(
             SearchRequest(
-                targets, run, policy, strategy.value, passes, grid, device.value, trust_remote_code, fresh, out.progress
+                targets,
+                run,
+                policy,
+                strategy.value,
+                passes,
+                grid,
+                device.value,
+                trust_remote_code,
+                fresh,
+                out.progress,
+                device_map and device_map.value,
+                offload,
             )
         )
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from modes_cli import files
-from modes_cli.artifacts import Bundle, Evaluation, Thresholds
+from modes_cli.artifacts import Bundle, Calibration, Evaluation, Thresholds
 from modes_cli.artifacts.base import ModelInfo, flatten
 from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.artifacts.evaluation import ChangedAnswer, TaskAccuracy
 from modes_cli.data import batches, open_source
+from modes_cli.data.overlap import overlap, sample_digest
 from modes_cli.data.sample import Sample, SampleSource
 from modes_cli.errors import BadOption
 from modes_cli.models.groups import SKIPPABLE
@@ -26,12 +27,12 @@ from modes_cli.skipping.statistics import PairCounts
 
 CHANGED_KEPT = 24  # questions whose answer changed that the artifact remembers
 
-# (samples, skip?) -> answers
-Answer = Callable[[Sequence[Sample], bool], Answers]
+# (samples, skip?, most new tokens) -> answers
+Answer = Callable[[Sequence[Sample], bool, int], Answers]
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """What is evaluated, known before anything heavy is loaded."""
 
     runtime: Literal["torch", "ort"]
@@ -40,6 +41,7 @@ class _Subject:
     target: float
     thresholds: str
     text_only: bool
+    calibrated_on: Sequence[str] | None  # digests of the calibration's samples; None: unknown
     open: Callable[[], Answer]
 
 
@@ -51,7 +53,11 @@ def evaluate(request: EvaluateRequest) -> Outcome[Evaluation]:
         BadData: samples that cannot be read.
     """
     run = RunFolder(request.run)
-    subject = _bundle(request, request.bundle) if request.bundle else _run(request, run)
+    subject = _bundle(request, run, request.bundle) if request.bundle else _run(request, run)
+    if request.lmms_tasks:
+        from modes_cli.evaluation.lmms import evaluate_tasks
+
+        return evaluate_tasks(request, run, subject)
     source = open_source(request.data, text_only=subject.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
         "runtime": subject.runtime,
@@ -65,14 +71,17 @@ def evaluate(request: EvaluateRequest) -> Outcome[Evaluation]:
         expected = flatten(subject.model, data, versions(), options)
         kept = run.read_if_same(Evaluation, expected, renew=f"modes evaluate{run.option} --fresh")
         if kept is not None:
+            warn(request, kept)
             return Outcome(kept, run.file(Evaluation.FILE), reused=True)
     answer = subject.open()
     request.progress.start("evaluate", 2 * len(source))
-    full = _Side()
-    skipped = _Side()
+    full = Side()
+    skipped = Side()
+    seen: list[str] = []
     for samples in batches(source, request.batch_size):
+        seen += [sample_digest(sample) for sample in samples]
         for side, skip in ((full, False), (skipped, True)):
-            side.add(answer(samples, skip))
+            side.add(answer(samples, skip, request.max_new_tokens))
             request.progress.advance(len(samples))
     per_task, changed = _compare(source, full.texts, skipped.texts)
     total = sum(task.samples for task in per_task.values())
@@ -94,28 +103,39 @@ def evaluate(request: EvaluateRequest) -> Outcome[Evaluation]:
         per_task=per_task,
         policies={subject.policy: retained},
         changed=changed,
+        overlap=None if subject.calibrated_on is None else overlap(seen, subject.calibrated_on),
         full_seconds=full.seconds,
         skipped_seconds=skipped.seconds,
     )
+    warn(request, artifact)
     return Outcome(artifact, run.write(artifact))
 
 
-def _run(request: EvaluateRequest, run: RunFolder) -> _Subject:
+def warn(request: EvaluateRequest, artifact: Evaluation) -> None:
+    """Say how many samples were calibrated on, if any were."""
+    if artifact.overlap:
+        request.progress.note(
+            f"warning: `{artifact.overlap}` of the {artifact.data.samples} samples were calibrated on too: "
+            "accuracy on them says little about others; choose another `--split` or other `--data`"
+        )
+
+
+def _run(request: EvaluateRequest, run: RunFolder) -> Subject:
     thresholds, calibration = found_in(run)
     result = select(thresholds, request.target)
-    spec = model_spec(calibration, request.device, request.trust_remote_code)
+    spec = model_spec(calibration, request.device, request.trust_remote_code, request.device_map, request.offload)
 
     def open_it() -> Answer:
         from modes_cli.runtime.torch_model import open_model
 
         runtime = open_model(spec, run.path, result.target)
-        return lambda samples, skip: runtime.answer(samples, request.max_new_tokens, runtime.rule if skip else None)
+        return lambda samples, skip, most: runtime.answer(samples, most, runtime.rule if skip else None)
 
-    digest = files.sha256(run.file(Thresholds.FILE))
-    return _Subject("torch", calibration.model, result.policy, result.target, digest, spec.text_only, open_it)
+    digest, known = files.sha256(run.file(Thresholds.FILE)), calibration.sample_digests
+    return Subject("torch", calibration.model, result.policy, result.target, digest, spec.text_only, known, open_it)
 
 
-def _bundle(request: EvaluateRequest, folder: Path) -> _Subject:
+def _bundle(request: EvaluateRequest, run: RunFolder, folder: Path) -> Subject:
     if not (folder / BUNDLE_FILE).is_file():
         raise BadOption(f"`{folder}` is no bundle: it has no {BUNDLE_FILE}", hint="`modes export` makes one")
     bundle = read_json(folder / BUNDLE_FILE, Bundle)
@@ -134,17 +154,27 @@ def _bundle(request: EvaluateRequest, folder: Path) -> _Subject:
 
         model = OrtModel(folder, request.device)
         nothing = dict.fromkeys(SKIPPABLE, 0.0)
-        return lambda samples, skip: model.generate(
+        return lambda samples, skip, most: model.generate(
             [sample.images for sample in samples],
             [sample.question for sample in samples],
-            request.max_new_tokens,
+            most,
             tau if skip else nothing,
         )
 
-    return _Subject("ort", bundle.model, bundle.policy, target, files.sha256(folder / BUNDLE_FILE), False, open_it)
+    digest = files.sha256(folder / BUNDLE_FILE)
+    return Subject("ort", bundle.model, bundle.policy, target, digest, False, _calibrated_on(run, bundle), open_it)
 
 
-class _Side:
+def _calibrated_on(run: RunFolder, bundle: Bundle) -> Sequence[str] | None:
+    """A bundle does not carry the digests; they are known where the run folder has the calibration it was made with."""
+    if not run.exists(Calibration):
+        return None
+    calibration = run.read(Calibration)
+    same = (calibration.model, calibration.data) == (bundle.model, bundle.calibration_data)
+    return calibration.sample_digests if same else None
+
+
+class Side:
     """One way of answering: texts in order, pairs counted, seconds spent in the model."""
 
     def __init__(self) -> None:

@@ -113,7 +113,7 @@ def _require_space(output: Path, targets: list[weights.Target]) -> None:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    needed, free = sum(target.bytes for target in targets) + SLACK, shutil.disk_usage(parent).free
+    needed, free = weights.stored_bytes(targets) + SLACK, shutil.disk_usage(parent).free
     if needed > free:
         raise WriteFailed(
             f"`{output}` needs `{needed}` bytes, `{free}` are free", hint="free some space, or choose another `--output`"

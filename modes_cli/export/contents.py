@@ -13,6 +13,7 @@ from modes_cli.artifacts import Bundle
 from modes_cli.artifacts.bundle import BundleFile, DecoderInfo, OperatingPoint
 from modes_cli.errors import BadModel
 from modes_cli.export import weights
+from modes_cli.export.decoder import cache_shape
 from modes_cli.export.plan import Plan
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import versions
@@ -59,7 +60,7 @@ def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle
     family = plan.family
     alike = [r for r in plan.thresholds.results if (r.policy, r.parameters) == (result.policy, result.parameters)]
     ends = _end_ids(plan)
-    heads = int(text.num_attention_heads)
+    cache = cache_shape(text)
     pad = plan.tokenizer.pad_token_id
     return Bundle(
         model=plan.info,
@@ -82,11 +83,13 @@ def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle
         pad_token_id=ends[0] if pad is None else int(pad),
         decoder=DecoderInfo(
             layers=int(text.num_hidden_layers),
-            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            kv_heads=cache.heads,
+            head_dim=cache.key,
+            value_dim=None if cache.value == cache.key else cache.value,
             hidden_size=int(text.hidden_size),
             vocab_size=int(text.vocab_size),
             deepstack=0 if family is None else family.deepstack(plan.config),
+            frames_together=family is not None and family.frames_together,
             position_rows=3 if family is not None and family.position_rows == 3 else 1,
         ),
         files=listed,

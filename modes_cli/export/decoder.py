@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -14,12 +14,32 @@ from transformers import AttentionInterface
 from modes_cli.export import graph
 from modes_cli.export.families.base import Family
 from modes_cli.export.graph import AUTO, Shape
+from modes_cli.export.sinks import with_sinks
 from modes_cli.export.skeleton import keep_only
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import GROUPS, SPECIAL, TEXT, VISION, TokenGroups
 
 PADDING = len(GROUPS)  # a group that only the graph knows: tau is infinite, so padding costs no expert work
 _ATTENTION = "modes_export"
+
+
+class CacheShape(NamedTuple):
+    """Of one layer: key [B, heads, P, key], value [B, heads, P, value]."""
+
+    heads: int
+    key: int
+    value: int
+
+
+def cache_shape(text: Any) -> CacheShape:
+    """From a text model's configuration. With latent attention (MLA) the latent stands for a key and the rotated part, which
+    all heads share, for a value.
+    """
+    if rank := getattr(text, "kv_lora_rank", None):
+        return CacheShape(1, int(rank), int(text.qk_rope_head_dim))
+    heads = int(text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return CacheShape(int(getattr(text, "num_key_value_heads", None) or heads), width, width)
 
 
 @dataclass(frozen=True)
@@ -38,12 +58,8 @@ class DecoderSpec:
         return int(self.config.num_hidden_layers)
 
     @property
-    def kv_heads(self) -> int:
-        return int(self.config.num_key_value_heads)
-
-    @property
-    def head_dim(self) -> int:
-        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+    def cache(self) -> "CacheShape":
+        return cache_shape(self.config)
 
 
 class FlatCache:
@@ -85,12 +101,13 @@ class Decoder(nn.Module):
 
     def _experts(self, block: MoEBlock) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         experts: Any = block.experts
-        biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if block.has_bias else (None, None)
         swiglu = block.activation == "swiglu_oai"
         alpha, limit = (float(experts.alpha), float(experts.limit)) if swiglu else (0.0, 0.0)
 
         def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
             scale = self.get_buffer(f"score_scale_{block.layer}")
+            # Looked up here: while tracing, a module's parameters are other objects than before.
+            biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if block.has_bias else (None, None)
             out, kept = torch.ops.modes_trace.skip_experts(
                 hidden, ids, weights.to(hidden.dtype), self.group, self.thresholds, scale,
                 experts.gate_up_proj, experts.down_proj, *biases,
@@ -148,9 +165,14 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Grouped heads stay grouped: the Attention operator repeats them itself, without copies."""
+    if s_aux is not None:
+        assert attention_mask is not None
+        assert scaling is not None
+        query, key, value, attention_mask = with_sinks(query, key, value, attention_mask, s_aux, scaling)
     grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2), None
@@ -163,14 +185,14 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
     """The decoder graph, its weights still to be linked.
 
     Inputs: inputs_embeds [B, S, (1 + n) * H], attention_mask [B, P + S], position_ids [3, B, S] or [B, S], input_ids [B, S],
-    tau [G] and logits_to_keep [1] (both with a default), past_key_values.N.key / value [B, kv heads, P, head dim].
+    tau [G] and logits_to_keep [1] (both with a default), past_key_values.N.key / value as `cache_shape` says.
     Outputs: logits [B, S, V], or only the last `logits_to_keep` rows; kept_pairs [L, G] int64; present.N.key / value.
     """
     decoder = Decoder(model, family, spec).eval()
     batch, length, past = 2, 5, 3
     hidden, layers, rows = int(spec.config.hidden_size), spec.layers, family.position_rows
     with mode:
-        cache = [torch.zeros(batch, spec.kv_heads, past, spec.head_dim) for _ in range(2 * layers)]
+        cache = [torch.zeros(batch, spec.cache.heads, past, width) for width in spec.cache[1:] * layers]
         example = {
             "inputs_embeds": torch.zeros(batch, length, (1 + spec.deepstack) * hidden),
             "attention_mask": torch.ones(batch, past + length, dtype=torch.int64),
@@ -185,7 +207,8 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
         "inputs_embeds": tokens, "attention_mask": tokens, "position_ids": {1: AUTO, 2: AUTO} if rows == 3 else tokens,
         "input_ids": tokens, "tau": {}, "logits_to_keep": {}, "past": [{0: AUTO, 2: AUTO}] * (2 * layers),
     }  # fmt: skip
-    names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    parts = {"key": spec.cache.key, "value": spec.cache.value}
+    names = {f"{layer}.{part}": width for layer in range(layers) for part, width in parts.items()}
     inputs: dict[str, Shape] = {
         "inputs_embeds": ["batch", "length", (1 + spec.deepstack) * hidden],
         "attention_mask": ["batch", "total"],
@@ -194,12 +217,12 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
         "tau": [len(GROUPS)],
         "logits_to_keep": [1],
     }
-    inputs |= {f"past_key_values.{name}": ["batch", spec.kv_heads, "past", spec.head_dim] for name in names}
+    inputs |= {f"past_key_values.{name}": ["batch", spec.cache.heads, "past", width] for name, width in names.items()}
     outputs: dict[str, Shape] = {
         "logits": ["batch", "logits_length", int(spec.config.vocab_size)],
         "kept_pairs": [len(spec.blocks), len(GROUPS)],
     }
-    outputs |= {f"present.{name}": ["batch", spec.kv_heads, "total", spec.head_dim] for name in names}
+    outputs |= {f"present.{name}": ["batch", spec.cache.heads, "total", width] for name, width in names.items()}
     traced = graph.trace(decoder, example, dynamic, inputs, outputs)
     graph.give_default(traced, "tau", spec.tau.to(torch.float32))
     graph.give_default(traced, "logits_to_keep", torch.zeros(1, dtype=torch.int64))

@@ -18,13 +18,15 @@ class Embedding(nn.Module):
         super().__init__()
         for name, child in keep_only(model, [family.embedding]).named_children():
             self.add_module(name, child)
-        self.path = family.embedding
+        self.path, self.placeholder = family.embedding, family.placeholder
         self.register_buffer("vision_ids", torch.tensor(vision_ids, dtype=torch.int64), persistent=False)
 
     def forward(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
-        embeds = self.get_submodule(self.path)(input_ids)
-        hidden = embeds.shape[-1]
         vision = (input_ids[..., None] == self.get_buffer("vision_ids")).any(-1)
+        # A placeholder's id may lie beyond the table.
+        known = input_ids if self.placeholder is None else torch.where(vision, self.placeholder, input_ids)
+        embeds = self.get_submodule(self.path)(known)
+        hidden = embeds.shape[-1]
         order = vision.reshape(-1).to(torch.int64).cumsum(0).reshape(vision.shape)
         # A model may generate an image token; there is no feature for it then, and it keeps its plain embedding.
         filled = vision & (order <= image_features.shape[0])

@@ -1,6 +1,5 @@
 """Everything that an export reads and decides before it writes the first byte."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modes_cli.artifacts import Thresholds
 from modes_cli.artifacts.base import ModelInfo
 from modes_cli.artifacts.thresholds import SearchResult
-from modes_cli.errors import BadModel
 from modes_cli.export import skeleton, weights
-from modes_cli.export.families import FAMILIES, Family, family_of
+from modes_cli.export.conversion import in_memory
+from modes_cli.export.families import Family, family_of, known_family
 from modes_cli.export.safetensors_header import merged, parse_header
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
+from modes_cli.models.checkpoint import checkpoint_files
 from modes_cli.models.groups import TokenGroups, token_groups
 from modes_cli.models.loading import describe
 from modes_cli.models.processor import load_processor
@@ -52,39 +52,17 @@ def make_plan(spec: ModelSpec, thresholds: Thresholds, result: SearchResult, rul
         BadModel: files are missing.
     """
     folder, info, config = describe(spec)
-    family = family_of(config.model_type) if onnx else FAMILIES.get(config.model_type)
-    mode, model = skeleton.build(config, text_only=spec.text_only, trust_remote_code=spec.trust_remote_code)
+    family = family_of(config) if onnx else known_family(config)
+    mode, model = skeleton.build(config, text_only=spec.text_only, trust_remote_code=spec.trust_remote_code, graphs=onnx)
     wanted, tied = skeleton.wanted_tensors(model)
-    source = merged([parse_header(path, path.stat().st_size) for path in checkpoint_files(folder)])
-    targets = weights.plan(wanted, source, info.dtype, tied)
+    stored = merged([parse_header(path, path.stat().st_size) for path in checkpoint_files(folder)])
+    source, parts = in_memory(stored, model)
+    targets = weights.plan(wanted, source, info.dtype, tied, parts)
     tokenizer = _tokenizer(folder, spec)
     return Plan(
         thresholds, result, rule, folder, info, config, mode, model, family, find_moe_blocks(model),
         token_groups(config, tokenizer.all_special_ids), tokenizer, targets, _aliases(model, targets), spec.trust_remote_code,
     )  # fmt: skip
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: those its index names, or the only one.
-
-    Raises:
-        BadModel: there are several and no index says which belong together.
-    """
-    index = folder / weights.INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise BadModel(f"`{index}` is no index of weights") from error
-        paths = [folder / str(name) for name in names if Path(str(name)).name == name]
-        if len(paths) != len(names) or not paths:
-            raise BadModel(f"`{index}` names files outside its folder, or none")
-    else:
-        paths = [folder / "model.safetensors"]
-    for path in paths:
-        if not path.is_file():
-            raise BadModel(f"`{path}` does not exist", hint="is the checkpoint complete?")
-    return paths
 
 
 def _tokenizer(folder: Path, spec: ModelSpec) -> Any:

@@ -6,14 +6,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from modes_cli.errors import UnknownLayout
 
 
-def build(config: Any, *, text_only: bool = False, trust_remote_code: bool = False) -> tuple[FakeTensorMode, PreTrainedModel]:
+def build(
+    config: Any, *, text_only: bool = False, trust_remote_code: bool = False, graphs: bool = True
+) -> tuple[FakeTensorMode, PreTrainedModel]:
     """The model of a configuration with fake float32 parameters. Example inputs must be made in the same mode.
 
-    Buffers that a checkpoint does not hold (rotary frequencies) are real: they end in the graph.
+    Buffers that a checkpoint does not hold (rotary frequencies) are real: they end in the graph. Without `graphs` nobody
+    needs them.
 
     Raises:
         UnknownLayout: a module has such a buffer and cannot be made again from its configuration.
@@ -22,15 +26,23 @@ def build(config: Any, *, text_only: bool = False, trust_remote_code: bool = Fal
 
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     architecture = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
-    with mode:
+    with mode, no_init_weights():  # there is nothing to fill with random numbers, and some ways of doing so look at them
         model: PreTrainedModel = architecture.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()
     model.eval()
-    for name, module in model.named_modules():
-        _make_buffers_real(name, module)
+    for name, module in model.named_modules() if graphs else ():
+        _make_buffers_real(name, module, _config(model, name))
     return mode, model
 
 
-def _make_buffers_real(name: str, module: nn.Module) -> None:
+def _config(model: nn.Module, name: str) -> Any:
+    """The configuration of a module, or of the nearest one around it that has one."""
+    while (config := getattr(model.get_submodule(name), "config", None)) is None and name:
+        name = name.rpartition(".")[0]
+    return config
+
+
+def _make_buffers_real(name: str, module: nn.Module, config: Any) -> None:
     lacking = [
         key
         for key, value in module._buffers.items()
@@ -38,7 +50,6 @@ def _make_buffers_real(name: str, module: nn.Module) -> None:
     ]
     if not lacking:
         return
-    config = getattr(module, "config", None)
     try:
         real = type(module)(config)
     except Exception as error:  # whatever a foreign constructor raises, the answer is the same

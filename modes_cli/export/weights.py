@@ -11,10 +11,11 @@ Everything is streamed: a bundle of 60 GB is written in a few hundred megabytes 
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ import torch
 
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.errors import UnknownLayout
+from modes_cli.export import sparse
 from modes_cli.export.safetensors_header import ITEM_SIZE, Entry, chunks
+from modes_cli.export.sparse import Hole
 from modes_cli.progress import Progress
 
 PAGE = 4096
@@ -34,12 +37,21 @@ _EXPERTS = re.compile(r"^(?P<experts>.+\.experts)\.(?P<part>gate_up_proj|down_pr
 
 @dataclass(frozen=True)
 class Segment:
-    """A source tensor, or one matrix of it: `rows` x `cols` at `offset` bytes, written transposed if `cols` > 0."""
+    """A source tensor, one matrix of it (`rows` x `cols` at `offset` bytes, written transposed if `cols` > 0), or some of its
+    rows: those that `order` numbers, in that order.
+    """
 
     entry: Entry
     offset: int = 0
     rows: int = 0
     cols: int = 0
+    order: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.cols:
+            return (self.cols, self.rows)
+        return (len(self.order), *self.entry.shape[1:]) if self.order else self.entry.shape
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,11 @@ class Target:
 
 
 def plan(
-    wanted: Mapping[str, tuple[int, ...]], source: Mapping[str, Entry], dtype: str, optional: frozenset[str] = frozenset()
+    wanted: Mapping[str, tuple[int, ...]],
+    source: Mapping[str, Entry],
+    dtype: str,
+    optional: frozenset[str] = frozenset(),
+    parts: Mapping[str, Segment] | None = None,
 ) -> list[Target]:
     """How each tensor of the model is made from the checkpoint's.
 
@@ -66,6 +82,7 @@ def plan(
         source: the checkpoint's tensors, under the names the model has in memory.
         dtype: float32, bfloat16 or float16: float32 matrices are narrowed to it; nothing is ever widened.
         optional: names that may be absent because they are tied to another tensor.
+        parts: tensors that are rows of one of the checkpoint's.
 
     Raises:
         UnknownLayout: a tensor is absent, or has a shape that is neither the model's nor its transpose.
@@ -73,7 +90,8 @@ def plan(
     narrow = {"bfloat16": "BF16", "float16": "F16"}.get(dtype)
     targets = []
     for name, shape in wanted.items():
-        segments = _find(name, shape, source)
+        part = (parts or {}).get(name)
+        segments = _find(name, shape, source) if part is None or part.shape != shape else (part,)
         if segments is None:
             if name in optional:
                 continue
@@ -125,19 +143,48 @@ def _one_by_one(experts: str, part: str, shape: tuple[int, ...], source: Mapping
     return tuple(Segment(source[n]) for n in names)
 
 
-def _bytes(target: Target) -> Iterator[bytes]:
+def _bytes(target: Target) -> Iterator[bytes | Hole]:
     for segment in target.segments:
-        pieces = _transposed(segment) if segment.cols else chunks(segment.entry)
-        for piece in pieces:
-            yield _narrowed(piece, target.dtype) if segment.entry.dtype != target.dtype else piece
+        for piece in _pieces(segment):
+            if segment.entry.dtype == target.dtype:
+                yield piece
+            elif isinstance(piece, Hole):
+                yield Hole(len(piece) // ITEM_SIZE[segment.entry.dtype] * ITEM_SIZE[target.dtype])
+            else:
+                yield _narrowed(piece, target.dtype)
 
 
-def _transposed(segment: Segment) -> Iterator[bytes]:
-    item = ITEM_SIZE[segment.entry.dtype]
-    length = segment.rows * segment.cols * item
-    one = Entry(segment.entry.file, segment.entry.name, segment.entry.dtype, (), segment.entry.start + segment.offset, length)
-    matrix = np.frombuffer(b"".join(chunks(one)), dtype=f"u{item}").reshape(segment.rows, segment.cols)
+def _pieces(segment: Segment) -> Iterator[bytes | Hole]:
+    if segment.cols:
+        return _transposed(segment)
+    return _reordered(segment) if segment.order else sparse.pieces(segment.entry)
+
+
+def stored_bytes(targets: list[Target]) -> int:
+    """What the weights take on a disk: all their bytes but those that only holes go into."""
+    return sum(target.bytes for target in targets if not all(sparse.is_hole(_range(segment)) for segment in target.segments))
+
+
+def _range(segment: Segment) -> Entry:
+    """The bytes that a segment is read from, as an entry of their own."""
+    if not segment.cols:
+        return segment.entry
+    length = segment.rows * segment.cols * ITEM_SIZE[segment.entry.dtype]
+    return replace(segment.entry, shape=(), start=segment.entry.start + segment.offset, length=length)
+
+
+def _transposed(segment: Segment) -> Iterator[bytes | Hole]:
+    one = _range(segment)
+    if sparse.is_hole(one):
+        yield Hole(one.length)
+        return
+    matrix = np.frombuffer(b"".join(chunks(one)), dtype=f"u{ITEM_SIZE[one.dtype]}").reshape(segment.rows, segment.cols)
     yield np.ascontiguousarray(matrix.T).tobytes()
+
+
+def _reordered(segment: Segment) -> Iterator[bytes]:
+    rows = np.frombuffer(b"".join(chunks(segment.entry)), dtype=np.uint8).reshape(segment.entry.shape[0], -1)
+    yield rows[list(segment.order)].tobytes()
 
 
 def _narrowed(piece: bytes, dtype: str) -> bytes:
@@ -199,11 +246,17 @@ def write_weights(folder: Path, targets: list[Target], progress: Progress, limit
             size += len(head)
             for target in group:
                 for piece in _bytes(target):
-                    file.write(piece)
-                    digest.update(piece)
+                    if isinstance(piece, Hole):
+                        file.seek(len(piece), os.SEEK_CUR)
+                        for zeros in piece.views():
+                            digest.update(zeros)
+                    else:
+                        file.write(piece)
+                        digest.update(piece)
                     size += len(piece)
                 weight_map[target.name] = name
                 progress.advance()
+            file.truncate(size)  # it may end with a hole
         written.append(BundleFile(path=name, bytes=size, sha256=digest.hexdigest()))
     index = {
         "metadata": {"total_size": sum(target.bytes for target in targets)},

@@ -3,18 +3,20 @@
 import inspect
 import re
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
 from modes_cli.errors import BadModel, UnknownLayout
+from modes_cli.models.layouts import LAYOUTS, Layout
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class MoEBlock:
-    """The experts of one MoE layer.
+    """The experts of one MoE layer: one set, or several that share its tokens between them (`sets`).
 
     `experts(hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]` is the boundary everything works at:
     the router and shared experts stay outside. Weights are `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], or with
@@ -33,6 +35,18 @@ class MoEBlock:
     interleaved: bool
     has_bias: bool
     activation: str  # silu | gelu_tanh | swiglu_oai
+    moe: str = ""  # module path of what owns the experts: router, shared experts, further sets
+    layout: Layout | None = None  # None: the common form
+    further: tuple["MoEBlock", ...] = ()  # the layer's other sets, with the same `layer` and `index`
+
+    @property
+    def sets(self) -> tuple["MoEBlock", ...]:
+        return (self, *self.further)
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether a weight multiplies what goes into an expert, not what comes out."""
+        return self.layout is not None and self.layout.scales_input
 
 
 def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
@@ -47,12 +61,15 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         raise BadModel(f"`{type(model).__name__}` has no decoder", hint="a generative model is needed")
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     found: list[MoEBlock] = []
+    layouts = _layouts(decoder)
     for name, module in decoder.named_modules():
         match = _LAYER.search(name)
         if match is None or not _looks_like_experts(name, module):
             continue
         path = f"{prefix}.{name}" if prefix else name
-        found.append(_describe(path, int(match.group(1)), module, _top_k(decoder, model)))
+        moe, layout = layouts.get(name, (name.rpartition(".")[0], None))
+        block = _describe(path, int(match.group(1)), module, _top_k(decoder, model), layout)
+        found.append(replace(block, moe=f"{prefix}.{moe}" if prefix else moe, layout=layout))
     if not found:
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", "?")
@@ -61,11 +78,28 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
             hint="skipping needs a Mixture-of-Experts model; a dense one has nothing to skip",
         )
     found.sort(key=lambda block: block.layer)
-    if len({block.layer for block in found}) != len(found):
+    layers = [tuple(sets) for _, sets in groupby(found, key=lambda block: block.layer)]
+    return [_one_layer(model, index, sets) for index, sets in enumerate(layers)]
+
+
+def _layouts(decoder: nn.Module) -> dict[str, tuple[str, Layout]]:
+    """By the path of a set of experts: the path of its MoE module and that one's layout."""
+    return {
+        f"{name}.{path}": (name, layout)
+        for name, module in decoder.named_modules()
+        if (layout := LAYOUTS.get(type(module).__name__)) is not None
+        for path in layout.sets
+    }
+
+
+def _one_layer(model: nn.Module, index: int, sets: tuple[MoEBlock, ...]) -> MoEBlock:
+    first, *further = (replace(block, index=index) for block in sets)
+    alike = {(block.moe, block.num_experts, block.top_k, block.hidden_size) for block in sets}
+    if len(alike) != 1 or len(sets) != (1 if first.layout is None else len(first.layout.sets)):
         raise UnknownLayout(
             f"`{type(model).__name__}` has more than one set of experts in a layer", hint="this family is not supported yet"
         )
-    return [replace(block, index=index) for index, block in enumerate(found)]
+    return replace(first, further=tuple(further))
 
 
 def _looks_like_experts(path: str, module: nn.Module) -> bool:
@@ -80,14 +114,14 @@ def _top_k(decoder: nn.Module, model: nn.Module) -> int:
     for owner in (decoder, model):
         config: Any = getattr(owner, "config", None)
         config = getattr(config, "text_config", config)
-        for field in ("num_experts_per_tok", "top_k_experts", "moe_k", "num_experts_per_token"):
+        for field in ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token"):
             value = getattr(config, field, None)
             if isinstance(value, int) and value > 0:
                 return value
     raise UnknownLayout(f"the configuration of `{type(model).__name__}` does not say how many experts a token uses")
 
 
-def _describe(path: str, layer: int, experts: nn.Module, top_k: int) -> MoEBlock:
+def _describe(path: str, layer: int, experts: nn.Module, top_k: int, layout: Layout | None) -> MoEBlock:
     label = f"`{type(experts).__name__}` at `{path}`"
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dim() == 3 and down.dim() == 3):
@@ -99,9 +133,11 @@ def _describe(path: str, layer: int, experts: nn.Module, top_k: int) -> MoEBlock
         )
     arguments = [p for p in inspect.signature(type(experts).forward).parameters if p != "self"]
     label += f" has gate_up_proj {tuple(gate_up.shape)} and down_proj {tuple(down.shape)}"
-    if len(arguments) != 3:
+    if len(arguments) != (3 if layout is None else layout.arguments):
         raise UnknownLayout(f"{label} and takes ({', '.join(arguments)}); needed is (hidden, top_k_index, top_k_weights)")
     transposed = bool(getattr(experts, "is_transposed", False))
+    if layout is not None and layout.transposed is not None:
+        transposed = layout.transposed
     num_experts = gate_up.shape[0]
     hidden, double = (gate_up.shape[1], gate_up.shape[2]) if transposed else (gate_up.shape[2], gate_up.shape[1])
     expected = (num_experts, double // 2, hidden) if transposed else (num_experts, hidden, double // 2)

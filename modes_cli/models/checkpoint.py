@@ -14,6 +14,7 @@ REFERENCE = "digits"
 REFERENCE_FOLDER = Path(__file__).parent.parent / "reference"
 SETTINGS_LIMIT = 256 << 20  # bytes; the largest is the tokenizer's, tens of megabytes
 _SETTINGS = ("generation_config.json", "tokenizer*.json", "*processor_config.json", "*.index.json")
+INDEX = "model.safetensors.index.json"
 # Never the pickled weights (*.bin, *.pt) that some repositories hold beside the safe ones.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -57,6 +58,29 @@ def _download(spec: ModelSpec, weights: bool) -> Path:
             f"`{spec.id}` is neither a folder nor a model that can be fetched: {reason}",
             hint="check the id, `--revision`, the network and `HF_TOKEN`; or give a folder",
         ) from error
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint: those its index names, or the only one.
+
+    Raises:
+        BadModel: there are several and no index says which belong together.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise BadModel(f"`{index}` is no index of weights") from error
+        paths = [folder / str(name) for name in names if Path(str(name)).name == name]
+        if len(paths) != len(names) or not paths:
+            raise BadModel(f"`{index}` names files outside its folder, or none")
+    else:
+        paths = [folder / "model.safetensors"]
+    for path in paths:
+        if not path.is_file():
+            raise BadModel(f"`{path}` does not exist", hint="is the checkpoint complete?")
+    return paths
 
 
 def read_config(folder: Path) -> dict[str, Any]:

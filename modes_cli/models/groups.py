@@ -13,6 +13,8 @@ SKIPPABLE = ("text", "vision")
 
 # Where configurations keep the id of the placeholder that an image or video token stands on.
 _VISION_ID_FIELDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index", "media_placeholder_token_id")
+# No data set here has sound, so sound has no threshold: it is never skipped.
+_AUDIO_ID_FIELDS = ("audio_token_id", "audio_token_index")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:
 
 def token_groups(config: Any, special_ids: Iterable[int]) -> TokenGroups:
     """From a model's configuration and its tokenizer's special ids (chat markers, image delimiters, end of text)."""
-    vision = {getattr(config, field, None) for field in _VISION_ID_FIELDS}
-    vision_ids = tuple(sorted(i for i in vision if isinstance(i, int) and i >= 0))
-    return TokenGroups(vision_ids, tuple(sorted(set(special_ids) - set(vision_ids))))
+    vision, audio = _placeholders(config, _VISION_ID_FIELDS), _placeholders(config, _AUDIO_ID_FIELDS)
+    return TokenGroups(tuple(sorted(vision)), tuple(sorted((set(special_ids) | audio) - vision)))
+
+
+def _placeholders(config: Any, fields: tuple[str, ...]) -> set[int]:
+    found = {getattr(config, field, None) for field in fields}
+    return {i for i in found if isinstance(i, int) and i >= 0}

@@ -5,6 +5,7 @@ from typing import Any
 
 from modes_cli.artifacts.base import DataInfo, ModelInfo, Versions, flatten
 from modes_cli.data.sample import SampleSource
+from modes_cli.models.known import require_known
 from modes_cli.models.loading import describe, versions
 from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
@@ -32,8 +33,10 @@ class Identity:
 
 
 def identity(spec: ModelSpec, source: SampleSource, options: Options) -> Identity:
-    """Raises BadModel if the checkpoint cannot be found or read."""
-    _, info, _ = describe(spec)
+    """Raises BadModel if the checkpoint cannot be found or read, or its family is not a known one and has to be."""
+    _, info, config = describe(spec)
+    if spec.family == "known":
+        require_known(config)
     return Identity(info, data_info(source), options, versions())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadData, first_line
-from modes_cli.models.loading import Loaded
+from modes_cli.models.loading import DTYPES, Loaded
 
 # Inputs with one entry per token; all others (pixels, grids) are concatenated over the batch.
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
@@ -111,5 +111,7 @@ def _collate(rows: list[dict[str, Tensor]], loaded: Loaded, *, left: bool) -> di
             part = row.get(name, torch.zeros_like(row["input_ids"]))
             room = length - part.shape[1]
             parts.append(torch.nn.functional.pad(part, (room, 0) if left else (0, room), value=fill.get(name, 0)))
-        batch[name] = torch.cat(parts)
+        whole = torch.cat(parts)
+        # Not every model turns pixels into its own type.
+        batch[name] = whole.to(DTYPES[loaded.info.dtype]) if whole.is_floating_point() else whole
     return batch

@@ -13,8 +13,12 @@ from modes_cli.artifacts.base import Dtype, ModelInfo, Versions
 from modes_cli.errors import BadModel, BadOption, first_line, is_memory
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
 from modes_cli.models.checkpoint import check_settings, checkpoint_digest, checkpoint_folder, read_config
+from modes_cli.models.families import register
 from modes_cli.models.groups import TokenGroups, token_groups
+from modes_cli.models.placement import check_placement, first_device
 from modes_cli.models.processor import load_processor
+from modes_cli.models.structure import read_structure
+from modes_cli.ranks import place
 from modes_cli.requests import ModelSpec
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +66,10 @@ def pick_device(name: str) -> torch.device:
         raise BadOption("`--device cuda`: no usable GPU was found", hint="`modes doctor` says why")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (here := place()).world > 1:  # one GPU for each of the processes of this machine
+        if here.local >= (there := torch.cuda.device_count()):
+            raise BadOption(f"process `{here.local}` of this machine has no GPU of its own; there are {there}")
+        return torch.device("cuda", here.local)
     return torch.device(name)
 
 
@@ -74,6 +82,7 @@ def describe(spec: ModelSpec) -> tuple[Path, ModelInfo, Any]:
     folder = checkpoint_folder(spec)
     raw = read_config(folder)
     check_settings(folder)
+    register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers raises nearly anything about settings that make no sense
@@ -89,6 +98,9 @@ def describe(spec: ModelSpec) -> tuple[Path, ModelInfo, Any]:
             f"`{spec.id}` is a text-only model (model type `{config.model_type}`)",
             hint="`--text-only` calibrates it with one modality and one threshold",
         )
+    if (thinker := getattr(config, "thinker_config", None)) is not None:  # the part that answers; the other one speaks
+        thinker.dtype = thinker.dtype or config.dtype
+        config = thinker
     info = ModelInfo(id=spec.id, revision=spec.revision, digest=checkpoint_digest(folder), dtype=_dtype(spec, config))
     return folder, info, config
 
@@ -109,18 +121,11 @@ def load(spec: ModelSpec) -> Loaded:
         BadModel: it cannot be found or used.
         UnknownLayout: its experts are of a form that is not understood.
     """
+    check_placement(spec)
     device = pick_device(spec.device)
     folder, info, config = describe(spec)
-    architecture: Any = AutoModelForCausalLM if spec.text_only else AutoModelForImageTextToText
     try:
-        model, report = architecture.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[info.dtype],
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, report = _with_weights(spec, folder, info, config, device)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         if is_memory(error):
             raise
@@ -134,14 +139,40 @@ def load(spec: ModelSpec) -> Loaded:
             f"`{spec.id}` lacks `{len(missing)}` of the tensors of `{type(model).__name__}`, among them `{missing[0]}`",
             hint="is the checkpoint complete?",
         )
-    model = model.to(device).eval()
-    model.requires_grad_(False)
+    if spec.device_map is not None:
+        device = first_device(model)
+    elif not spec.offload:
+        torch.nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
     blocks = find_moe_blocks(model)
     processor = _processor(spec, folder)
     tokenizer = getattr(processor, "tokenizer", processor)
     return Loaded(
         model, processor, info, config.model_type, blocks, token_groups(config, tokenizer.all_special_ids), folder, device
     )
+
+
+def _with_weights(
+    spec: ModelSpec, folder: Path, info: ModelInfo, config: Any, device: torch.device
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and what transformers reports of its loading. Not on `device` yet, unless it was spread or is offloaded."""
+    dtype = DTYPES[info.dtype]
+    if spec.offload:
+        from modes_cli.models.offload import load_offloaded
+
+        structure = read_structure(folder, config, dtype, text_only=spec.text_only, trust_remote_code=spec.trust_remote_code)
+        return load_offloaded(structure, folder, config, device)
+    architecture: Any = AutoModelForCausalLM if spec.text_only else AutoModelForImageTextToText
+    found: tuple[PreTrainedModel, dict[str, Any]] = architecture.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=spec.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map=spec.device_map,
+    )
+    return found
 
 
 def _processor(spec: ModelSpec, folder: Path) -> Any:

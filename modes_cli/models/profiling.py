@@ -62,7 +62,7 @@ def profile_model(request: ProfileRequest) -> Outcome[Profile]:
         hidden_size=first.hidden_size,
         expert_intermediate_size=first.intermediate_size,
         parameters=sum(p.numel() for p in loaded.model.parameters()),
-        expert_parameters=sum(p.numel() for block in loaded.blocks for p in block.experts.parameters()),
+        expert_parameters=sum(p.numel() for block in loaded.blocks for part in block.sets for p in part.experts.parameters()),
         layers=[observer.layer(block) for block in loaded.blocks],
         tokens=observer.tokens(),
     )
@@ -108,7 +108,7 @@ class _Observer:
 
     def _hook(self, block: MoEBlock) -> list[Any]:
         model = self.loaded.model
-        moe = model.get_submodule(block.name.rsplit(".", 1)[0])
+        moe = model.get_submodule(block.moe)
         layer = model.get_submodule(block.name.split(f".layers.{block.layer}.")[0] + f".layers.{block.layer}")
 
         def start(*_: Any) -> None:
@@ -129,8 +129,8 @@ class _Observer:
                 self._update = None
 
         return [
-            block.experts.register_forward_pre_hook(start),
-            block.experts.register_forward_hook(stop),
+            *(part.experts.register_forward_pre_hook(start) for part in block.sets),
+            *(part.experts.register_forward_hook(stop) for part in block.sets),
             moe.register_forward_hook(moe_done),
             layer.register_forward_hook(layer_done),
         ]

@@ -1,5 +1,6 @@
 """Batched greedy generation from a bundle in ONNX Runtime."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,19 +30,19 @@ PREFILL, DECODE = 0, 1
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch, padded on the left. B prompts, S tokens, N patches."""
+    """A batch, padded on the left. B prompts, S tokens, N patches or tiles of the shape that the vision graph takes."""
 
     input_ids: Ints  # [B, S]
     attention_mask: Ints  # [B, S]
-    pixel_values: Floats  # [N, C]
-    grids: Ints  # [images, 3]
+    pixel_values: Floats  # [N, ...]
+    grids: Ints  # [images, 3] or [images, 2]: (frames,) rows and columns in patches; [0, 0] for tiles
 
 
 @dataclass
 class State:
     """Between two calls of the decoder: the cache and what describes it. OrtValues are never changed, so a copy is cheap."""
 
-    past: list[Any]  # OrtValues [B, kv heads, P, head dim], keys and values in turn
+    past: list[Any]  # OrtValues [B, kv heads, P, head dim or value dim], keys and values in turn
     attention_mask: Ints  # [B, P]
     deltas: Ints  # [B, 1]: the next position less the number of real tokens
     logits: Floats  # [B, rows kept, V] of the last call
@@ -88,15 +89,20 @@ class OrtModel:
         for index, row in enumerate(rows):
             ids[index, length - len(row["input_ids"]) :] = row["input_ids"]
             mask[index, length - len(row["input_ids"]) :] = 1
-        values = self.vision.get_inputs()[0].shape[1]
-        pixels = [row["pixel_values"].reshape(-1, values) for row in rows if "pixel_values" in row]
-        grids = [row["image_grid_thw"].reshape(-1, 3) for row in rows if "image_grid_thw" in row]
-        return Prompts(
-            ids,
-            mask,
-            np.concatenate([np.zeros((0, values), np.float32), *pixels]).astype(np.float32),
-            np.concatenate([np.zeros((0, 3), np.int64), *grids]).astype(np.int64),
-        )
+        pixels, *grids = (self._gather(value.name, value.shape, rows) for value in self.vision.get_inputs())
+        grid = grids[0] if grids else np.zeros((0, 0))
+        return Prompts(ids, mask, pixels.astype(np.float32), grid.astype(np.int64))
+
+    def _gather(self, name: str, shape: list[Any], rows: list[dict[str, NDArray[Any]]]) -> NDArray[Any]:
+        """What the vision graph takes as `name`, of all prompts: [N, ...]."""
+        found = [row[name] for row in rows if name in row]
+        for value in found:
+            if list(value.shape[1:]) != shape[1:]:
+                raise BadData(
+                    f"the processor makes `{name}` of shape {list(value.shape)}, the vision graph takes {shape}",
+                    hint="the processor's files are not those that the bundle was exported with",
+                )
+        return np.concatenate(found) if found else np.zeros((0, *shape[1:]))
 
     def _prompt(self, images: Sequence[Image], question: str) -> dict[str, NDArray[Any]]:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
@@ -116,21 +122,28 @@ class OrtModel:
 
     def image_features(self, pixel_values: Floats, grids: Ints) -> Floats:
         """[M, (1 + n) * H]; M is 0 without images."""
+        pixels, *grid = (value.name for value in self.vision.get_inputs())
+        if not grid:  # tile by tile: memory for attention within one of them only
+            tiles = [self.vision.run(None, {pixels: tile[None]})[0] for tile in pixel_values]
+            return np.concatenate([self._no_features, *tiles])
         parts, patch = [self._no_features], 0
-        for frames, height, width in grids.tolist():
-            # Frame by frame: attention over packed images is one square mask, and time grows with its square.
-            one = np.array([[1, height, width]], dtype=np.int64)
-            for _ in range(frames):
-                feeds = {"pixel_values": pixel_values[patch : patch + height * width], "image_grid_thw": one}
+        for *frames, height, width in grids.tolist():
+            # Frame by frame where the model allows it: attention over packed images is one square mask, and time grows with
+            # its square.
+            at_once = frames if self.bundle.decoder.frames_together else [1 for _ in frames]
+            one, count = np.array([[*at_once, height, width]], dtype=np.int64), math.prod(at_once) * height * width
+            for _ in range(math.prod(frames) // math.prod(at_once)):
+                feeds = {pixels: pixel_values[patch : patch + count], grid[0]: one}
                 parts.append(self.vision.run(None, feeds)[0])
-                patch += height * width
+                patch += count
         return np.concatenate(parts)
 
     def empty_state(self, batch: int) -> State:
         """The cache before the first token."""
         info = self.bundle.decoder
-        empty = np.zeros((batch, info.kv_heads, 0, info.head_dim), np.float32)
-        past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self._pasts]
+        widths = {"key": info.head_dim, "value": info.value_dim or info.head_dim}
+        shapes = [(batch, info.kv_heads, 0, widths[name.rpartition(".")[2]]) for name in self._pasts]
+        past = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes]
         nothing = np.zeros((batch, 0), np.int64)
         return State(past, nothing, np.zeros((batch, 1), np.int64), np.zeros((batch, 0, info.vocab_size), np.float32), nothing)
 

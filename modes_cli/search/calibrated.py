@@ -1,6 +1,6 @@
 """A calibrated model, ready to be measured again on its own calibration set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,14 +15,15 @@ from modes_cli.artifacts.base import flatten
 from modes_cli.calibration.scores import BINS
 from modes_cli.data import batches, open_source
 from modes_cli.data.sample import DataSpec
+from modes_cli.distributed import ALONE, Ranks
 from modes_cli.errors import BadArtifact
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.identity import data_info
-from modes_cli.models.inputs import measuring_batch
+from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import describe, load, versions
 from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
-from modes_cli.search.objective import Objective
+from modes_cli.search.objective import Objective, size_of
 from modes_cli.skipping.engine import SkipEngine
 
 T = TypeVar("T")
@@ -36,11 +37,13 @@ class Calibrated:
     counts: Tensor
 
 
-def model_spec(calibration: Calibration, device: str, trust_remote_code: bool) -> ModelSpec:
-    """The checkpoint that a calibration was made of, to be loaded the same way."""
+def model_spec(
+    calibration: Calibration, device: str, trust_remote_code: bool, device_map: str | None = None, offload: bool = False
+) -> ModelSpec:
+    """The checkpoint that a calibration was made of, to be loaded the same way; where its weights lie makes no difference."""
     model = calibration.model
     text_only = option(calibration, "text_only", bool)
-    return ModelSpec(model.id, model.revision, model.dtype, device, trust_remote_code, text_only)
+    return ModelSpec(model.id, model.revision, model.dtype, device, trust_remote_code, text_only, device_map, offload)
 
 
 def option(calibration: Calibration, name: str, kind: type[T]) -> T:
@@ -59,8 +62,9 @@ def require_current(run: RunFolder, calibration: Calibration, spec: ModelSpec) -
 
 
 @contextmanager
-def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Iterator[Calibrated]:
-    """Load model, samples, score histogram and reference distributions of a calibration.
+def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec, ranks: Ranks = ALONE) -> Iterator[Calibrated]:
+    """Load model, samples, score histogram and reference distributions of a calibration. Of several processes, each
+    prepares the samples that it measures.
 
     Raises:
         StaleArtifact: model, versions or samples are no longer what was calibrated.
@@ -79,18 +83,29 @@ def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec) -> Itera
     layers = [str(block.layer) for block in loaded.blocks]
     if list(calibration.importance) != layers:
         raise BadArtifact(str(run.file(Calibration.FILE)), "field `importance`", f"is not about layers {', '.join(layers)}")
-    prepared = [measuring_batch(loaded, samples).to(torch.device("cpu")) for samples in batches(source, size)]
+    prepared = [
+        measuring_batch(loaded, samples).to(torch.device("cpu")) if ranks.owns(number) else None
+        for number, samples in enumerate(batches(source, size))
+    ]
+    sizes = _sizes(prepared, ranks)
     head = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     width = reference.shape[1] if head is None else head.weight.shape[0]
-    wanted = (sum(int(batch.answer.sum()) for batch in prepared), width)
+    wanted = (sum(answers for _, answers in sizes), width)
     if tuple(reference.shape) != wanted:
         where = str(run.file(calibration.tensors.file))
         raise BadArtifact(where, "tensor `reference_log_probabilities`", f"is {tuple(reference.shape)}, should be {wanted}")
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     try:
-        yield Calibrated(Objective(loaded, engine, prepared, reference), counts)
+        yield Calibrated(Objective(loaded, engine, prepared, reference, sizes, ranks), counts)
     finally:
         engine.remove()
+
+
+def _sizes(prepared: Sequence[Batch | None], ranks: Ranks) -> list[tuple[int, int]]:
+    """Samples and answer tokens of every batch, whoever has it."""
+    own = torch.tensor([(0, 0) if batch is None else size_of(batch) for batch in prepared])
+    total = torch.stack([found["sizes"] for found in ranks.share({"sizes": own})]).sum(0)
+    return [(samples, answers) for samples, answers in total.tolist()]
 
 
 def _columns(calibration: Calibration) -> dict[str, str | None]:

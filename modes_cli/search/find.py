@@ -6,6 +6,7 @@ from modes_cli import files
 from modes_cli.artifacts import Calibration, Thresholds
 from modes_cli.artifacts.base import flatten
 from modes_cli.artifacts.thresholds import FrontierPoint, SearchResult
+from modes_cli.distributed import Ranks, joined
 from modes_cli.errors import BadOption, UnreachableTarget
 from modes_cli.models.groups import SKIPPABLE, TEXT
 from modes_cli.models.loading import versions
@@ -20,14 +21,21 @@ from modes_cli.search.strategies import STRATEGIES, TOLERANCE
 def find_thresholds(request: SearchRequest) -> Outcome[Thresholds]:
     """Thresholds for each target, confirmed by measured passes, written to thresholds.json.
 
-    Targets that an earlier search with the same options found are kept.
+    Targets that an earlier search with the same options found are kept. Several processes measure each a share of the
+    calibration set and decide the same; the first one writes.
 
     Raises:
         BadOption: a target outside 0..1, an unknown policy or strategy.
         UnreachableTarget: special tokens are never skipped, so not every target can be met.
         MissingArtifact, StaleArtifact, BadArtifact: the calibration is not there, or not of this model.
     """
+    with joined() as ranks:
+        return _find(request, ranks)
+
+
+def _find(request: SearchRequest, ranks: Ranks) -> Outcome[Thresholds]:
     targets = _checked(request)
+    ranks.require_one_device_each(request.device_map)
     run = RunFolder(request.run)
     calibration = run.read(Calibration)
     digest = files.sha256(run.file(Calibration.FILE))
@@ -43,13 +51,16 @@ def find_thresholds(request: SearchRequest) -> Outcome[Thresholds]:
         expected = flatten(calibration.model, calibration.data, versions(), options) | {"calibration": digest}
         found = earlier.identity() | {"calibration": earlier.calibration}
         run.require_same(Thresholds, found, expected, renew=f"modes search{run.option} --fresh")
-    spec = model_spec(calibration, request.device, request.trust_remote_code)
+    known = None if earlier is None else earlier.model_dump_json()
+    # Nobody writes before all have read: this is where they meet.
+    ranks.agree("calibration, search or library version", [digest, known, targets, options, versions().model_dump()])
+    spec = model_spec(calibration, request.device, request.trust_remote_code, request.device_map, request.offload)
     results = {result.target: result for result in earlier.results} if earlier else {}
     missing = [target for target in targets if target not in results]
     if earlier is not None and not missing:
         require_current(run, calibration, spec)
         return Outcome(earlier, run.file(Thresholds.FILE), reused=True)
-    with recalled(run, calibration, spec) as calibrated:
+    with recalled(run, calibration, spec, ranks) as calibrated:
         chosen = candidates(request.policy, request.strategy, calibration, calibrated.counts)
         for target in missing:
             largest = max(candidate.staircase.largest for candidate in chosen)
@@ -70,9 +81,10 @@ def find_thresholds(request: SearchRequest) -> Outcome[Thresholds]:
                 model_passes=sum(result.model_passes for result in results.values()),
                 grid=request.grid,
             )
-            path = run.write(artifact)
+            if ranks.first:
+                run.write(artifact)
             request.progress.advance()
-    return Outcome(artifact, path)
+    return Outcome(artifact, run.file(Thresholds.FILE))
 
 
 def _checked(request: SearchRequest) -> list[float]:

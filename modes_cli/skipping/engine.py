@@ -10,10 +10,11 @@ On a GPU nothing is read back to decide any of this: a rule whose thresholds are
 decided and counted by the operator on the device (`modes_cli.skipping.placed`), so that a forward can be captured in a CUDA
 graph once it has run.
 
-Classes outside the interface (step3p7) get the same through their instance's `forward`.
+Classes outside the interface (step3p7) get the same through their instance's `forward`, MoE modules of another form
+through their layout (`modes_cli.models.layouts`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +28,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from modes_cli.errors import ModesError
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.models.layouts import Computed, replace_forward
 from modes_cli.runtime.devices import asynchronous
+from modes_cli.skipping import pairs
 from modes_cli.skipping.operator import Base, BlockOperator, Implementation
 from modes_cli.skipping.placed import Placed, cannot_capture
-from modes_cli.skipping.policy import Rule, routing_probability
+from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.statistics import PairCounts
 
 IMPLEMENTATION = "modes"
@@ -80,37 +83,47 @@ class SkipEngine:
         self._phase = 0
         self._forward = 0  # number of the running forward
         self._placed: dict[torch.device, Placed] = {}
+        self._rows: Mapping[str, Tensor] = {}  # by the name of a set of experts, in the running MoE module
+        self._sets = {part.name: part for block in blocks for part in block.sets}
         self._undo: list[Callable[[], None]] = []
-        self._operators: dict[int, BlockOperator] = {}  # by the block's index
+        self._operators: dict[str, BlockOperator] = {}  # by the name of a set of experts
         self._install()
 
     @property
     def implementations(self) -> list[Implementation]:
-        """What computed each block when it last skipped pairs, and why."""
+        """What computed each block, or each of its sets, when it last skipped pairs, and why."""
         if not self.use_operator:
-            return [Implementation("transformers", "the operator is switched off")] * len(self.blocks)
-        return [self._operators[block.index].implementation for block in self.blocks]
+            return [Implementation("transformers", "the operator is switched off")] * len(self._sets)
+        return [self._operators[name].implementation for name in self._sets]
 
     # -- installing and removing ------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        for block in self.blocks:  # before anything is changed
+        for block in self._sets.values():  # before anything is changed
             if getattr(block.experts, "_modes_engine", None) is not None:
                 raise ModesError(f"`{block.name}` is already being skipped by another engine", hint="remove that one first")
         hook = self.model.register_forward_pre_hook(self._read_tokens, with_kwargs=True)
         self._undo += [hook.remove, self.model.register_forward_hook(self._count).remove]
         for block in self.blocks:
-            experts: Any = block.experts
-            experts._modes_engine, experts._modes_block = self, block
-            if hasattr(experts, "_is_expert_parallel"):  # the mark that transformers' decorator leaves
-                experts._modes_base = _interface_base(experts)
-            else:
-                original = experts.forward
-                experts._modes_base = original
-                experts.forward = partial(_experts_forward, experts)
-                self._undo.append(partial(experts.__dict__.pop, "forward", None))
-            self._operators[block.index] = BlockOperator(block, experts._modes_base)
+            for part in block.sets:
+                self._install_set(part)
+            if block.layout is not None:
+                moe = self.model.get_submodule(block.moe)
+                self._undo.append(block.layout.install(moe, tuple(part.name for part in block.sets), self))
         self._set_implementation()
+
+    def _install_set(self, block: MoEBlock) -> None:
+        experts: Any = block.experts
+        experts._modes_engine, experts._modes_block = self, block
+        own = None if block.layout is None else block.layout.pairs(experts)
+        if own is not None:
+            experts._modes_base = own
+        elif hasattr(experts, "_is_expert_parallel"):  # the mark that transformers' decorator leaves
+            experts._modes_base = _interface_base(experts)
+        else:
+            experts._modes_base = experts.forward
+            self._undo.append(replace_forward(experts, partial(_experts_forward, experts)))
+        self._operators[block.name] = BlockOperator(block, experts._modes_base)
 
     def _set_implementation(self) -> None:
         # Wrapper classes refuse set_experts_implementation; the inner model that owns the experts takes it.
@@ -126,7 +139,7 @@ class SkipEngine:
         """Give the model back as it was."""
         while self._undo:
             self._undo.pop()()
-        for block in self.blocks:
+        for block in self._sets.values():
             for name in ("_modes_engine", "_modes_block", "_modes_base"):
                 block.experts.__dict__.pop(name, None)
 
@@ -139,6 +152,7 @@ class SkipEngine:
         groups_of = self._place(ids.device).groups_of if asynchronous(ids.device) else self.tokens.of
         self._group = groups_of(ids).reshape(-1)
         self._forward += 1
+        self._rows = {}
         mask = kwargs.get("attention_mask")
         length = ids.shape[1]
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -174,18 +188,18 @@ class SkipEngine:
         """What a block's experts return under the current rule, drop and watcher."""
         if self.rule is None and self.drop is None and self.watch is None:
             return base(hidden, index, weights)
-        group, real = self._tokens_of(hidden)
+        group, real = self._tokens_of(block, hidden)
         if self.watch is not None:
-            self.watch(Routing(block.index, routing_probability(weights)[real], index[real], group[real]))
+            self.watch(Routing(block.index, pairs.score(block, weights)[real], index[real], group[real]))
         drops = self.drop is not None and self.drop.layer == block.index
-        if self.rule is not None and not drops and asynchronous(hidden.device):
+        if self.rule is not None and not drops and block.layout is None and asynchronous(hidden.device):
             routed = _routed_outside_the_graph if torch.compiler.is_compiling() else SkipEngine._routed
             out = routed(self, self.rule, (group, real), block, base, hidden, index, weights)
             if out is not None:
                 return out
         keep = None
         if self.rule is not None:
-            keep = self.rule.keep(routing_probability(weights), block.index, group)
+            keep = self.rule.keep(pairs.score(block, weights), block.index, group)
             self.counts.add(self._phase, block.index, group, keep.sum(-1), index.shape[1], real)
         if self.drop is not None and drops:
             lost = torch.ones_like(group, dtype=torch.bool) if self.drop.group is None else group == self.drop.group
@@ -196,10 +210,24 @@ class SkipEngine:
             return base(hidden, index, weights)
         if not kept:
             return torch.zeros_like(hidden)
+        if self.rule is None and block.scales_input:  # a drop alone is compared with the full forward, bit for bit
+            return base(hidden, index, weights * keep)
+        if block.scales_input:
+            operator = self._operators[block.name] if self.use_operator else None
+            experts: Any = block.experts
+            return pairs.scaled(operator, experts._modes_base, hidden, index, weights, keep)
         out = None
-        if self.use_operator and self.rule is not None:  # a drop alone is compared with the full forward, bit for bit
-            out = self._operators[block.index](hidden, index, weights, keep)
-        return _survivors(base, hidden, index, weights, keep) if out is None else out
+        if self.use_operator and self.rule is not None:  # likewise
+            out = self._operators[block.name](hidden, index, weights, keep)
+        return pairs.survivors(base, hidden, index, weights, keep) if out is None else out
+
+    # -- what layouts use -----------------------------------------------------------------------------------------------
+
+    def layout_experts(self, name: str, computed: Computed, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(self._sets[name], computed.whole, hidden, index, weights)
+
+    def only_rows(self, rows: Mapping[str, Tensor]) -> None:
+        self._rows = rows
 
     def _routed(
         self,
@@ -220,7 +248,7 @@ class SkipEngine:
             return base(hidden, index, weights)
         reason = "the operator is switched off"
         if self.use_operator:
-            operator = self._operators[layer]
+            operator = self._operators[block.name]
             out = operator.routed(hidden, index, weights, placed.group, placed.tau, placed.scale(layer), placed.kept(layer))
             if out is not None:
                 placed.ran(layer, top_k, routed=True)
@@ -229,16 +257,17 @@ class SkipEngine:
         cannot_capture(hidden.device, block.name, reason)
         return None
 
-    def _tokens_of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if self._group is None or self._real is None or self._group.numel() != hidden.shape[0]:
+    def _tokens_of(self, block: MoEBlock, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._rows.get(block.name)
+        given = hidden.shape[0] if rows is None else rows.numel()
+        if self._group is None or self._real is None or self._group.numel() != given:
             seen = None if self._group is None else self._group.numel()
             raise ModesError(
-                f"the experts see {hidden.shape[0]} tokens, the model was given {seen}",
-                hint="this family needs an adapter of its own",
+                f"the experts see {given} tokens, the model was given {seen}", hint="this family needs an adapter of its own"
             )
         if self._group.device != hidden.device:  # once for all layers there
             self._group, self._real = self._group.to(hidden.device), self._real.to(hidden.device)
-        return self._group, self._real
+        return (self._group, self._real) if rows is None else (self._group[rows], self._real[rows])
 
     def hand_over(self, rule: Rule, device: torch.device) -> None:
         """Put a rule's thresholds where forwards on `device` that were captured as CUDA graphs read them."""
@@ -262,16 +291,6 @@ class SkipEngine:
 
 # The operator's checks look at objects and addresses, which a traced graph does not have.
 _routed_outside_the_graph: Callable[..., Tensor | None] = torch.compiler.disable(SkipEngine._routed)  # type: ignore[no-untyped-call]
-
-
-def _survivors(base: Base, hidden: Tensor, index: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
-    """Only the kept pairs: each goes through `base` with weight 1, is weighted outside, and summed in float32."""
-    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    token, slot = keep.nonzero(as_tuple=True)
-    w = weights[token, slot][:, None]
-    rows = base(hidden[token], index[token, slot][:, None], torch.ones_like(w))
-    out.index_add_(0, token, (rows * w).float())
-    return out.to(hidden.dtype)
 
 
 def _interface_base(experts: Any) -> Base:

@@ -18,7 +18,7 @@ KEYS = {
     "export --format onnx": {"bundle", "files", "peak_rss"},
     "verify BUNDLE": {"ok", "checks"},
     "generate BUNDLE --prompt What?": {"text", "tokens", "skip_ratio", "prefill_seconds", "decode_seconds"},
-    "evaluate": {"full", "skipped", "retained", "skip_ratio", "per_task", "policies"},
+    "evaluate": {"full", "skipped", "retained", "skip_ratio", "per_task", "policies", "overlap"},
     "bench": {"cases", "machine"},
     "report": {"report"},
     "demo": {"full", "skipped", "retained", "skip_ratio", "speedup", "bundle", "report"},

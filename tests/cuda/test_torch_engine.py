@@ -260,7 +260,7 @@ def test_a_drop_beside_a_rule(emulated: Emulated, qwen: Subject) -> None:
 def test_weights_elsewhere_are_left_to_transformers(emulated: Emulated, qwen: Subject) -> None:
     operator_on = qwen.blocks[0]
     with qwen.engine() as engine:
-        operator = engine._operators[operator_on.index]
+        operator = engine._operators[operator_on.name]
         x, index, weights = torch.randn(2, 64), torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), 0.5)
         assert operator(x, index, weights, torch.eye(2) > 0) is not None
         assert operator._experts is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AriaConfig, AutoModelForImageTextToText
 
 from modes_cli.artifacts import Thresholds
 from modes_cli.errors import BadOption, MissingArtifact, StaleArtifact, UnknownLayout, WriteFailed
@@ -163,8 +163,8 @@ def test_failing_leaves_the_old_bundle(run: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(UnknownLayout, match="kimi_vl"):
-        family_of("kimi_vl")
+    with pytest.raises(UnknownLayout, match=r"`aria` with text model `aria_text`.*internvl\+gpt_oss"):
+        family_of(AriaConfig())
 
 
 def test_policies_with_other_parameters_are_no_operating_points(run: Path) -> None:

@@ -163,7 +163,17 @@ def test_two_sets_of_experts_in_a_layer_are_refused() -> None:
         find_moe_blocks(SomeModel(both))
 
 
-def test_llama4_is_refused() -> None:
+def test_llama4s_experts_are_transposed_and_called_by_its_layout() -> None:
     model, _ = families.llama4()
+    (block,) = find_moe_blocks(model)
+    assert (block.layer, block.moe, block.transposed) == (1, "language_model.model.layers.1.feed_forward", True)
+    assert (block.num_experts, block.top_k, block.hidden_size, block.intermediate_size) == (8, 2, families.HIDDEN, 32)
+    assert block.scales_input
+
+
+def test_llama4s_experts_in_another_module_are_refused() -> None:
+    model, _ = families.llama4()
+    moe = model.language_model.model.layers[1].feed_forward
+    model.language_model.model.layers[1].feed_forward = nn.ModuleDict({"experts": moe.experts})
     with pytest.raises(UnknownLayout, match=r"`Llama4TextExperts`.*hidden_states"):
         find_moe_blocks(model)

@@ -17,6 +17,8 @@ class Qwen3VLMoe:
     embedding = "model.language_model.embed_tokens"
     vision = "model.visual"
     position_rows = 3
+    placeholder: int | None = None
+    frames_together = False
 
     def deepstack(self, config: Any) -> int:
         return len(config.vision_config.deepstack_visual_indexes)
@@ -35,9 +37,11 @@ class Qwen3VLMoe:
     def vision_tower(self, model: nn.Module, config: Any) -> nn.Module:
         return VisionTower(keep_only(model, [self.vision]))
 
-    def patch_size(self, config: Any) -> tuple[int, int]:
+    def vision_inputs(self, config: Any) -> dict[str, tuple[Tensor, list[str | int]]]:
         vision = config.vision_config
-        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2, vision.spatial_merge_size**2
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches, grids = torch.zeros(10 * vision.spatial_merge_size**2, values), torch.zeros(2, 3, dtype=torch.int64)
+        return {"pixel_values": (patches, ["patches", values]), "image_grid_thw": (grids, ["images", 3])}
 
 
 class VisionTower(nn.Module):
