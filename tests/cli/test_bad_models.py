@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
-from tests import families
 from tests.checkpoints import PROCESSOR_FILES
 from tests.cli.process import Commands, content
 
@@ -82,11 +82,13 @@ def save(model: Any, folder: Path, like: Path) -> Path:
 
 
 def test_experts_that_take_other_inputs(command: Commands, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    model, _ = families.llama4()
-    checkpoint = save(model, tmp_path / "llama4", tiny_checkpoint)
+    sizes = {"hidden_size": 32, "kv_channels": 8, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 512}
+    config = transformers.JetMoeConfig(**sizes, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2)
+    checkpoint = save(transformers.JetMoeForCausalLM(config), tmp_path / "jetmoe", tiny_checkpoint)
     before = content(tmp_path)
-    ended = command("profile", checkpoint, *DATA, "--run", tmp_path / "run", "--json")
-    ended.refused("unknown_layout", "`Llama4TextExperts`", "gate_up_proj (8, ", "takes (hidden_states)", hint="not supported")
+    options = ("--text-only", "--family", "auto", *DATA, "--run", tmp_path / "run", "--json")
+    ended = command("profile", checkpoint, *options)
+    ended.refused("unknown_layout", "`JetMoeParallelExperts`", "weight (4, ", "gate_up_proj", hint="not supported")
     assert content(tmp_path) == before
 
 
@@ -128,7 +130,7 @@ def listed(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_experts_in_a_list(command: Commands, listed: Path, tmp_path: Path) -> None:
-    options = ("--trust-remote-code", *DATA, "--run", tmp_path / "run", "--json")
+    options = ("--trust-remote-code", "--family", "auto", *DATA, "--run", tmp_path / "run", "--json")
     ended = command("calibrate", listed, *options, HF_HOME=str(tmp_path))
     ended.refused("unknown_layout", "`ModuleList`", "layers.1.mlp.experts", "(32, 64)", hint="not supported")
     assert not (tmp_path / "run").exists()

@@ -193,7 +193,10 @@ def test_logits_and_kept_pairs(case: Case, name: str, tau: str) -> None:
     np.testing.assert_array_equal(found.argmax(-1), tokens.numpy())
     np.testing.assert_array_equal(prefill, kept[0])
     np.testing.assert_array_equal(decode, kept[1])
-    assert 0.2 < ratio < 0.9 if tau == "searched" else ratio == 0
+    if tau != "searched":
+        assert ratio == 0
+    elif name != "no image":  # the threshold of text may be 0: then text alone keeps everything
+        assert 0.2 < ratio < 0.9
 
 
 def test_generates_the_same_text(case: Case) -> None:

@@ -71,6 +71,16 @@ def devices(monkeypatch: pytest.MonkeyPatch, count: int, status: int = 0, said: 
     return asked
 
 
+def without_cuda(bundle: Path, folder: Path) -> Path:
+    """A copy that was exported where there is no libmodes_cuda.so."""
+    made = Path(shutil.copytree(bundle, folder / "bundle"))
+    (made / libraries.CUDA).unlink(missing_ok=True)
+    found = read(made)
+    kept = [file for file in found.files if file.path != libraries.CUDA]
+    (made / "bundle.json").write_text(found.model_copy(update={"files": kept}).model_dump_json())
+    return made
+
+
 CPU_LIBRARY = libraries.library_path()
 
 
@@ -84,7 +94,8 @@ def test_the_providers_of_a_device() -> None:
 
 
 @needs_provider
-def test_cuda_without_its_library(bundle: Path, installed: Callable[..., None]) -> None:
+def test_cuda_without_its_library(bundle: Path, tmp_path: Path, installed: Callable[..., None]) -> None:
+    bundle = without_cuda(bundle, tmp_path)
     installed(libmodes_cpu=CPU_LIBRARY, libmodes_cuda=None)
     digits = evaluation_data("digits", None, None, EVALUATION_SAMPLES["digits"], 0, (None, None, None))
     asking: list[Callable[[], object]] = [
@@ -139,8 +150,7 @@ def test_a_session_that_lost_a_provider() -> None:
 def test_the_library_of_a_bundle_is_for_machines_that_have_none(
     bundle: Path, tmp_path: Path, installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tmp_path / "bundle"
-    shutil.copytree(bundle, made)
+    made = without_cuda(bundle, tmp_path)
     shutil.copy(made / "libmodes_cpu.so", made / "libmodes_cuda.so")
     found = read(made)
     listed = [*found.files, found.files[0].model_copy(update={"path": "libmodes_cuda.so"})]
