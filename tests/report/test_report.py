@@ -120,8 +120,8 @@ def test_a_broken_artifact_is_an_error(tmp_path: Path) -> None:
 
 def test_artifacts_of_different_runs_are_pointed_out(tmp_path: Path) -> None:
     run = examples.fill_run(tmp_path)
-    text = (run / "calibration.json").read_text()
-    (run / "calibration.json").write_text(text.replace('"samples": 88,\n  "forward', '"samples": 89,\n  "forward'))
+    other = examples.artifact("calibration")
+    RunFolder(run).write(other.model_copy(update={"answer_tokens": other.answer_tokens + 1}))
     assert "made from another calibration.json" in page(run)
 
 
