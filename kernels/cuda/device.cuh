@@ -131,15 +131,6 @@ __device__ __forceinline__ uint4 load_streaming_if(bool wanted, const void* poin
   return v;
 }
 
-// 16 bytes that this kernel only reads.
-__device__ __forceinline__ uint4 load_readonly(const void* pointer) {
-  return __ldg(static_cast<const uint4*>(pointer));
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
-}
-
 // 16 bytes from global to shared memory; `bytes` of them are read (0 or 16), the rest is zero. Both 16-byte aligned. The L2
 // fetches 128 bytes, as neighbours follow.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {

@@ -180,13 +180,6 @@ inline uint4 load_streaming(const void* pointer) {
 inline uint4 load_streaming_if(bool wanted, const void* pointer) {
   return wanted ? load_streaming(pointer) : make_uint4(0, 0, 0, 0);
 }
-inline uint4 load_readonly(const void* pointer) {
-  emulated::check_aligned(pointer, 16, "load_readonly");
-  uint4 v;
-  std::memcpy(&v, pointer, sizeof v);
-  return v;
-}
-inline void prefetch_l2(const void*) {}
 
 void copy_async(void* shared, const void* global, int bytes);
 void copy_commit();
