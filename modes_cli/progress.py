@@ -11,7 +11,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, pieces: int = 1) -> None:
-        """That many pieces are done."""
+        """That many pieces are done. Also called from other threads than the one that called `start`."""
         ...
 
     def note(self, text: str) -> None:

@@ -24,15 +24,19 @@ import torch
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.errors import UnknownLayout
 from modes_cli.export import sparse
+from modes_cli.export.beside import Check
 from modes_cli.export.safetensors_header import ITEM_SIZE, Entry, chunks
 from modes_cli.export.sparse import Hole
-from modes_cli.progress import Progress
 
 PAGE = 4096
 SHARD_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 _EXPERTS = re.compile(r"^(?P<experts>.+\.experts)\.(?P<part>gate_up_proj|down_proj)$")
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -226,26 +230,48 @@ def header_bytes(targets: list[Target], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_weights(folder: Path, targets: list[Target], progress: Progress, limit: int = SHARD_BYTES) -> list[BundleFile]:
+def _files(targets: list[Target], limit: int) -> Iterator[tuple[str, bytes, list[Target]]]:
+    """Name, header and tensors of each shard."""
+    groups = shards(targets, limit)
+    for number, group in enumerate(groups, 1):
+        head = header_bytes(group, {"format": "pt"})  # transformers refuses files without this mark
+        yield f"model-{number:05d}-of-{len(groups):05d}.safetensors", head, group
+
+
+def places(folder: Path, targets: list[Target], limit: int = SHARD_BYTES) -> dict[str, Entry]:
+    """Where `write_weights` puts each tensor: known before the first byte is written."""
+    found = {}
+    for name, head, group in _files(targets, limit):
+        offset = len(head)
+        for target in group:
+            found[target.name] = Entry(folder / name, target.name, target.dtype, target.shape, offset, target.bytes)
+            offset += target.bytes
+    return found
+
+
+def write_weights(
+    folder: Path, targets: list[Target], advance: Check = _nothing, check: Check = _nothing, limit: int = SHARD_BYTES
+) -> list[BundleFile]:
     """Write all shards and their index into `folder`; digests are taken on the way.
+
+    Args:
+        advance: called after each tensor.
+        check: called before each piece; what it raises ends the writing.
 
     Raises:
         BadArtifact: a source file became shorter while it was read.
         OSError: no space, no permission.
     """
-    groups = shards(targets, limit)
-    progress.start("weights", len(targets))
     written, weight_map = [], {}
-    for number, group in enumerate(groups, 1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+    for name, head, group in _files(targets, limit):
         digest, size = hashlib.sha256(), 0
         with (folder / name).open("wb") as file:
-            head = header_bytes(group, {"format": "pt"})  # transformers refuses files without this mark
             file.write(head)
             digest.update(head)
             size += len(head)
             for target in group:
                 for piece in _bytes(target):
+                    check()
                     if isinstance(piece, Hole):
                         file.seek(len(piece), os.SEEK_CUR)
                         for zeros in piece.views():
@@ -255,7 +281,7 @@ def write_weights(folder: Path, targets: list[Target], progress: Progress, limit
                         digest.update(piece)
                     size += len(piece)
                 weight_map[target.name] = name
-                progress.advance()
+                advance()
             file.truncate(size)  # it may end with a hole
         written.append(BundleFile(path=name, bytes=size, sha256=digest.hexdigest()))
     index = {

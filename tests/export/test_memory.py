@@ -20,7 +20,6 @@ from modes_cli.errors import BadArtifact
 from modes_cli.export import sparse, weights
 from modes_cli.export.integrity import check_for_loading
 from modes_cli.export.safetensors_header import Entry, read_header
-from modes_cli.progress import Silent
 from modes_cli.requests import ModelSpec
 from tests.checkpoints import _moe, _multimodal, _text
 from tests.sparse_checkpoint import qwen3_vl_30b_a3b, write_run, write_sparse
@@ -54,7 +53,7 @@ def test_holes_stay_holes_and_values_stay(tmp_path: Path, places: tuple[int, ...
     targets = weights.plan({"w": entry.shape}, {"w": entry}, dtype)
     assert weights.stored_bytes(targets) == (targets[0].bytes if places else 0)
     (tmp_path / "out").mkdir()
-    written = weights.write_weights(tmp_path / "out", targets, Silent())
+    written = weights.write_weights(tmp_path / "out", targets)
     path = tmp_path / "out" / written[0].path
     expected = load_file(tmp_path / "in.safetensors")["w"].to(getattr(torch, dtype))
     assert torch.equal(load_file(path)["w"], expected)
@@ -72,7 +71,7 @@ def test_transposed_experts_that_are_holes(tmp_path: Path) -> None:
     entry = sparse_file(tmp_path / "in.safetensors", shape, {2 * matrix.nbytes: matrix.tobytes()})
     targets = weights.plan({name: (4, 512, 256)}, {name: entry}, "float32")
     (tmp_path / "out").mkdir()
-    path = tmp_path / "out" / weights.write_weights(tmp_path / "out", targets, Silent())[0].path
+    path = tmp_path / "out" / weights.write_weights(tmp_path / "out", targets)[0].path
     found = load_file(path)[name]
     assert np.array_equal(found[2].numpy(), matrix.T)
     assert int(found.count_nonzero()) == matrix.size - 1
@@ -131,7 +130,7 @@ print(json.dumps([before, export_bundle(ExportRequest(Path(sys.argv[1]), format=
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not os.environ.get("MODES_TEST_LARGE"), reason="takes six minutes; MODES_TEST_LARGE=1 runs it")
+@pytest.mark.skipif(not os.environ.get("MODES_TEST_LARGE"), reason="takes minutes; MODES_TEST_LARGE=1 runs it")
 def test_the_bundle_of_qwen3_vl_30b(tmp_path: Path) -> None:
     """62 GB of weights that are holes: every graph, header and digest of the real sizes, in less than 2 GB of memory."""
     checkpoint = write_sparse(tmp_path / "checkpoint", qwen3_vl_30b_a3b())
@@ -140,8 +139,9 @@ def test_the_bundle_of_qwen3_vl_30b(tmp_path: Path) -> None:
     said, peak, seconds = export(run)
     print(f"{time.perf_counter() - began:.0f} s, {seconds:.0f} s of processor time, {peak / MB:.0f} MB")
     assert peak < 2 * GB
-    # Processor time: how long it takes depends on what else runs. 2914 nodes are traced, 62 GB of zeros are digested.
-    assert seconds < 480
+    # Processor time of both threads: how long it takes depends on what else runs. One traces 2914 nodes, the other one digests
+    # 62 GB of zeros.
+    assert seconds < 300
     bundle = Path(said["bundle"])
     shards = sorted(bundle.glob("model-*.safetensors"))
     assert sum(path.stat().st_size for path in shards) > 62 * GB

@@ -13,7 +13,6 @@ from modes_cli.errors import BadModel, UnknownLayout
 from modes_cli.export import weights
 from modes_cli.export.plan import checkpoint_files
 from modes_cli.export.safetensors_header import merged, read_header
-from modes_cli.progress import Silent
 
 E, I, H = 3, 8, 20  # noqa: E741
 EXPERTS = "model.layers.1.mlp.experts"
@@ -40,7 +39,9 @@ def rewrite(
     targets = weights.plan({name: tuple(t.shape) for name, t in wanted.items()}, entries, dtype)
     out = folder / "out"
     out.mkdir()
-    weights.write_weights(out, targets, Silent(), limit)
+    weights.write_weights(out, targets, limit=limit)
+    written = merged([read_header(path) for path in sorted(out.glob("*.safetensors"))])
+    assert weights.places(out, targets, limit) == written
     found: dict[str, Tensor] = {}
     for path in sorted(out.glob("*.safetensors")):
         found |= load_file(path)
