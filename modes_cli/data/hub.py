@@ -5,6 +5,7 @@ gives the same. With HF_HUB_OFFLINE=1 the data set is taken from the local cache
 another way than the Hub's files: the same seed may then draw other samples.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 from modes_cli.data import Use
 from modes_cli.data.checked import Candidate, Check, CheckedSource
 from modes_cli.data.images import MAX_IMAGE_BYTES, Unusable, read_inside
-from modes_cli.data.rows import Layout, Reader, Row, build, find_layout
+from modes_cli.data.rows import Layout, RawSample, Reader, Row, build, find_layout
 from modes_cli.data.sample import DataSpec
 from modes_cli.data.spool import Spool
 from modes_cli.errors import BadData, ModesError
@@ -54,12 +55,14 @@ def take(
     *,
     task: str | Callable[[Row], str],
     wanted: Callable[[Row], bool] | None = None,
+    complete: Callable[[Row], Row] | None = None,
 ) -> CheckedSource:
     """Check rows as they come and keep them.
 
     Args:
         prefix: what sample ids begin with.
         wanted: rows for which this is false are passed over, as if they were not there.
+        complete: adds to a row what the table does not hold; raises Unusable.
     """
     check, spool, read = Check(spec.source, spec.samples), Spool(), reader(dataset)
 
@@ -67,7 +70,10 @@ def take(
         for index, row in enumerate(row for row in rows if wanted is None or wanted(row)):
             name = sample_name(prefix, row, layout, index)
             said = task if isinstance(task, str) else task(row)
-            yield Candidate(name, partial(build, row, name, layout, read, task=said))
+            yield Candidate(name, partial(load, row, name, said))
+
+    def load(row: Row, name: str, said: str) -> RawSample:
+        return build(row if complete is None else complete(row), name, layout, read, task=said)
 
     with reaching(dataset):
         for raw in check.usable(candidates()):
@@ -114,6 +120,11 @@ def select(rows: Any, columns: list[str]) -> Any:
 def shuffled(rows: Any, spec: DataSpec) -> Any:
     """In the seed's order when only some are taken; as they are otherwise."""
     return rows if spec.samples is None else rows.shuffle(seed=spec.seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def half_of(key: object) -> int:
+    """0 or 1 from a row's name: the same everywhere, and independent of the order of the rows."""
+    return hashlib.sha256(str(key).encode("utf-8", "replace")).digest()[0] & 1
 
 
 def column_names(dataset: str, rows: Any) -> list[str]:

@@ -1,13 +1,13 @@
 """`--data gqa|coco|video-mmmu`: data sets of the Hub whose configurations, splits, columns and prompts are known.
 
-Splits for calibration and evaluation never share an image: tuned on what is scored, results look better than they are.
+Default splits for calibration and evaluation never share an image or a video: tuned on what is scored, results look better
+than they are. `video-mmmu:N` takes N frames of each video.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from modes_cli.data import Use, hub, joined
+from modes_cli.data import Use, hub, joined, video_mmmu
 from modes_cli.data.checked import CheckedSource
 from modes_cli.data.digits import refuse_columns
 from modes_cli.data.rows import Layout, Row
@@ -20,7 +20,7 @@ class Part:
     """One split as users name it.
 
     `images`: the configuration with the images, where questions and images are apart.
-    `half`: only rows whose id falls into this half (0 or 1); None: all.
+    `half`: only rows whose id, or video, falls into this half (0 or 1); None: all.
     """
 
     split: str
@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Preset:
-    """How one data set of the Hub is read. `missing`: why it cannot be read yet."""
+    """How one data set of the Hub is read. `videos`: it is Video-MMMU, whose samples are frames."""
 
     dataset: str
     parts: dict[str, Part]
@@ -39,7 +39,7 @@ class Preset:
     evaluate: str
     layout: Layout
     join: str | None = None  # the question's column that holds its image's id
-    missing: str | None = None
+    videos: bool = False
 
 
 # The line that lmms-eval adds, so that numbers can be compared.
@@ -65,37 +65,39 @@ PRESETS: dict[str, Preset] = {
             "image", None, "answer", id="question_id", template="Provide a one-sentence caption for the provided image."
         ),
     ),
-    # id, question, options, answer, question_type; the videos are .mp4 files in archives beside the tables.
+    # The tracks ask about the same 300 videos, so each is divided by video; a track's own name is all of it.
     "video-mmmu": Preset(
         "lmms-lab/VideoMMMU",
-        {name.lower(): Part("test", name) for name in ("Perception", "Comprehension", "Adaptation")},
-        calibrate="perception",
-        evaluate="adaptation",
-        layout=Layout(None, "question", "answer", task="question_type", id="id"),
-        missing="consists of videos, which are not supported yet",
+        {
+            f"{name.lower()}{part}": Part("test", name, half=half)
+            for name in ("Perception", "Comprehension", "Adaptation")
+            for part, half in (("", None), ("-calibration", 0), ("-evaluation", 1))
+        },
+        calibrate="perception-calibration",
+        evaluate="adaptation-evaluation",
+        layout=video_mmmu.LAYOUT,
+        videos=True,
     ),
 }
 
 
 def claims(source: str) -> bool:
-    return source in PRESETS
+    preset = PRESETS.get(source.partition(":")[0])
+    return preset is not None and (preset.videos or ":" not in source)
 
 
 def default_split(source: str, use: Use) -> str | None:
-    preset = PRESETS[source]
+    preset = PRESETS[source.partition(":")[0]]
     return preset.calibrate if use == "calibrate" else preset.evaluate
 
 
 def open_samples(spec: DataSpec, *, text_only: bool) -> CheckedSource:
-    """Raises BadOption for an unknown split, column options, videos; BadData as `hub` does."""
-    return open_preset(PRESETS[spec.source], spec, text_only=text_only)
+    """Raises BadOption for an unknown split, column options, and videos without PyAV; BadData as `hub` does."""
+    return open_preset(PRESETS[spec.source.partition(":")[0]], spec, text_only=text_only)
 
 
 def open_preset(preset: Preset, spec: DataSpec, *, text_only: bool) -> CheckedSource:
     """As open_samples, for any preset."""
-    if preset.missing is not None:
-        hint = "use `gqa` or `coco`, or take frames out of the videos and list them in the `images` column of a .jsonl"
-        raise BadOption(f"the preset `{spec.source}` {preset.missing}", hint=hint)
     refuse_columns(spec)
     name = spec.split or preset.calibrate
     part = preset.parts.get(name)
@@ -106,8 +108,10 @@ def open_preset(preset: Preset, spec: DataSpec, *, text_only: bool) -> CheckedSo
     layout = preset.layout
     if text_only:
         layout = Layout(None, layout.question, layout.answer, layout.task, layout.id, layout.template)
-    rows = hub.stream(preset.dataset, part.config, part.split)
     prefix = f"{spec.source}/{name}"
+    if preset.videos:
+        return video_mmmu.take_track(spec, preset.dataset, part.config, part.split, part.half, prefix, text_only=text_only)
+    rows = hub.stream(preset.dataset, part.config, part.split)
     if part.images is not None and preset.join is not None and not text_only:
         images = hub.stream(preset.dataset, part.images, part.split)
         return joined.take_joined(
@@ -115,7 +119,7 @@ def open_preset(preset: Preset, spec: DataSpec, *, text_only: bool) -> CheckedSo
         )
     rows = hub.shuffled(hub.select(rows, layout.columns), spec)
     half = part.half
-    wanted = None if half is None else lambda row: half_of(row.get(layout.id or "")) == half
+    wanted = None if half is None else lambda row: hub.half_of(row.get(layout.id or "")) == half
     return hub.take(spec, preset.dataset, rows, layout, prefix, task=task_of(spec, layout), wanted=wanted)
 
 
@@ -129,8 +133,3 @@ def task_of(spec: DataSpec, layout: Layout) -> Callable[[Row], str]:
         return said if isinstance(said, str) and said.strip() else spec.source
 
     return task
-
-
-def half_of(key: object) -> int:
-    """0 or 1 from a row's id: the same everywhere, and independent of the order of the rows."""
-    return hashlib.sha256(str(key).encode("utf-8", "replace")).digest()[0] & 1

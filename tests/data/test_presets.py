@@ -10,8 +10,9 @@ import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 import pytest
 
-from modes_cli.data import DataSpec, open_source
-from modes_cli.data.presets import PRESETS, half_of, open_preset
+from modes_cli.data import DataSpec
+from modes_cli.data.hub import half_of
+from modes_cli.data.presets import PRESETS, open_preset
 from modes_cli.data.sample import SampleSource
 from modes_cli.errors import BadData, BadOption
 
@@ -132,12 +133,6 @@ def test_coco_halves_are_disjoint_and_complete(tmp_path: Path, png: Png) -> None
     (sample,) = read("calibration", 1)
     assert (sample.question, sample.answer) == ("Provide a one-sentence caption for the provided image.", "A cat.")
     assert sample.task == "coco"
-
-
-def test_videos_are_refused_before_anything_is_downloaded() -> None:
-    with pytest.raises(BadOption, match="`video-mmmu` consists of videos, which are not supported yet") as caught:
-        open_source(DataSpec("video-mmmu", None, None))
-    assert "frames" in str(caught.value.hint)
 
 
 def test_every_preset_has_its_default_splits() -> None:

@@ -13,12 +13,14 @@ import pytest
 
 from modes_cli.calibration import calibrate
 from modes_cli.data import open_source
-from modes_cli.data.sample import DataSpec
+from modes_cli.data.sample import DataSpec, Sample
+from modes_cli.data.videos import FRAMES
 from modes_cli.errors import BadOption, StaleArtifact
-from modes_cli.evaluation import evaluate
+from modes_cli.evaluation import evaluate, lmms
 from modes_cli.evaluation.lmms import _installed, _until
 from modes_cli.requests import EvaluateRequest
 from modes_cli.search import find_thresholds
+from tests.data.mp4 import encode
 from tests.runs import calibration_request, search_request
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms_eval is not installed: modes[eval]")
@@ -64,7 +66,10 @@ def score(row, results):
     return {"right": float(results[0].strip().lower() == row["answer"].lower()), "letters": float(len(results[0]))}
 
 def video(row):
-    return ["film.mp4"]
+    return ["FILM"]
+
+def sound(row):
+    return [{"array": [0.0], "sampling_rate": 16000}]
 """
 
 
@@ -129,7 +134,8 @@ def test_is_reused_limited_and_refused_when_it_is_of_something_else(run: Path, t
     [
         ("output_type: generate_until\n", "output_type: loglikelihood\n", "likelihoods of given answers"),
         ("  max_new_tokens: 6", "  temperature: 0.7\n  do_sample: true", "sampled answers"),
-        ("utils.visual", "utils.video", "shows a `str`, not images"),
+        ("utils.visual", "utils.sound", "shows a `dict`, not images"),
+        ("utils.visual", "utils.video", r"shows the video `.*\.mp4`, which cannot be read: .*No such file"),
         ("  - metric: right\n    aggregation: mean\n    higher_is_better: true\n", "", "has no metric from 0 to 1"),
         ("test.parquet", "nothing.parquet", "lmms-eval failed with `local_digits`"),
     ],
@@ -140,10 +146,30 @@ def test_what_cannot_be_done_is_refused(old: str, new: str, says: str, run: Path
     text = text.replace(old, new)
     if "loglikelihood" in new:  # such a task has no options for generating
         text = text.replace('generation_kwargs:\n  max_new_tokens: 6\n  until: ["\\n\\n"]\n', "")
-    (tmp_path / "utils.py").write_text(UTILS)
+    (tmp_path / "utils.py").write_text(UTILS.replace("FILM", str(tmp_path / "film.mp4")))
     (tmp_path / "other.yaml").write_text(text)
     with pytest.raises(BadOption, match=says):
         evaluate(request(run, str(tmp_path / "other.yaml"), fresh=True, samples=2))
+
+
+@installed
+@quiet
+def test_a_task_with_a_video_shows_its_frames(run: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "film.mp4").write_bytes(encode(range(10, 250, 20), (48, 48)))
+    (tmp_path / "utils.py").write_text(UTILS.replace("FILM", str(tmp_path / "film.mp4")))
+    (tmp_path / "video.yaml").write_text(task.read_text().replace("utils.visual", "utils.video"))
+    asked: list[Sample] = []
+    digest = lmms.sample_digest
+    monkeypatch.setattr(lmms, "sample_digest", lambda sample: asked.append(sample) or digest(sample))
+    found = evaluate(request(run, str(tmp_path / "video.yaml"), fresh=True, samples=1)).artifact
+    assert found.data.samples == 1
+    assert len(asked) == 2  # full, and skipped
+    greys = [image.getpixel((9, 9))[0] for image in asked[0].images]
+    assert len(greys) == FRAMES
+    assert greys == sorted(set(greys))
+    (tmp_path / "film.mp4").write_bytes(b"no video")
+    with pytest.raises(BadOption, match=r"shows the video `.*\.mp4`, which cannot be decoded"):
+        evaluate(request(run, str(tmp_path / "video.yaml"), fresh=True, samples=1))
 
 
 @installed
