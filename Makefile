@@ -1,26 +1,36 @@
 # make setup   everything in .venv: a CPU build of torch where there is no NVIDIA GPU, then the package and its kernels
 # make demo    every step on the built-in model
-# make test    pytest
+# make test    pytest in as many processes as there are cores, at most 4; `make test WORKERS=1`: in one
+# make test-eval  the tests that need lmms-eval, in an environment of their own that sees this one's packages
 # make sanitize  the kernel tests on libraries built with the address, undefined-behaviour and thread sanitizers
 # make lint    ruff, mypy, schemas in sync
 # make schemas schemas/ from modes_cli/artifacts
-# make clean   build outputs and caches; .venv and run folders stay
+# make clean   build outputs and caches; .venv, .venv-eval and run folders stay
 #
 # Needs Python 3.11 or newer, g++ and make. What can be set: PYTHON, VENV, TORCH (what to install), TORCH_INDEX (where
-# CPU builds of torch are; empty: only pip's own indexes), PIP_EXTRA (more options for pip).
+# CPU builds of torch are; empty: only pip's own indexes), PIP_EXTRA (more options for pip), WORKERS (processes of `make test`).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_EXTRA ?=
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_EXTRA)
+# A file's tests stay together, since they share what was made for them; tests/conftest.py says which files go first.
+SPREAD = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+EVAL_VENV ?= .venv-eval
+EVAL_STAMP := $(EVAL_VENV)/.setup
+EVAL_PIP := $(BIN)/python -m pip --python $(EVAL_VENV)/bin/python install --quiet --disable-pip-version-check $(PIP_EXTRA)
+# What `import lmms_eval.evaluator` takes. Its other requirements are for its own models and single tasks, and torchvision,
+# one of them, does not fit every torch.
+EVAL_NEEDS := aiohttp evaluate loguru pytz requests sacrebleu tenacity
 SOURCES := pyproject.toml $(shell find kernels -type f -not -path 'kernels/bench/*' 2>/dev/null)
 
-.PHONY: setup demo test sanitize lint schemas clean
+.PHONY: setup demo test test-eval sanitize lint schemas clean
 
 setup: $(STAMP)
 
@@ -42,7 +52,21 @@ demo: $(STAMP)
 	$(BIN)/modes demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(if $(filter-out 0 1,$(WORKERS)),$(SPREAD))
+
+# pip sees .venv's packages through the .pth file and leaves them as they are.
+$(EVAL_STAMP): $(STAMP)
+	$(BIN)/python -m venv --clear --without-pip $(EVAL_VENV)
+	@$(BIN)/python -c 'import sys; print("import site; site.addsitedir(%r)" % sys.argv[1])' \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  >"$$($(EVAL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/modes-environment.pth"
+	@echo "installing lmms-eval and what its evaluator imports"
+	@$(EVAL_PIP) $(EVAL_NEEDS)
+	@$(EVAL_PIP) --no-deps "$$(sed -n 's/^eval = \["\([^"]*\)"\]/\1/p' pyproject.toml)"
+	@touch $@
+
+test-eval: $(EVAL_STAMP)
+	$(EVAL_VENV)/bin/python -m pytest -q tests/evaluation/test_lmms.py
 
 sanitize: $(STAMP)
 	$(BIN)/python -m tools.sanitize

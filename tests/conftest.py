@@ -13,10 +13,23 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.once import once
+
 if TYPE_CHECKING:
     from modes_cli.data.sample import Sample
     from modes_cli.models.loading import Loaded
 
+
+# The files that take longest, from the longest on: who begins one of them last would work alone in the end.
+LONGEST = (
+    "export/test_kimi.py",
+    "cli/test_killed.py",
+    "export/test_internvl.py",
+    "kernels/test_isa.py",
+    "cuda/test_emulator.py",
+    "distributed/test_several.py",
+    "test_families.py",
+)
 
 # Examples are quick, but not on a machine that does something else at the same time.
 settings.register_profile("modes", deadline=None)
@@ -24,6 +37,13 @@ settings.load_profile("modes")
 # What is computed here is too small to be worth a second thread. Read by torch when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test asks for two: no spinning for a core that is not free
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files first where several processes share the work; one process goes by the alphabet."""
+    if hasattr(config, "workerinput"):
+        rank = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -38,32 +58,27 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(checkpoints: Path, one_thread: None) -> Path:
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A Qwen3-VL-MoE folder with random weights: a dense layer and three of 16 experts, 4 for each token."""
     from tests.checkpoints import write_moe
 
-    return write_moe(checkpoints / "tiny")
+    return once(tmp_path_factory.getbasetemp(), "checkpoint-tiny", write_moe)
 
 
 @pytest.fixture(scope="session")
-def tiny_dense_checkpoint(checkpoints: Path, one_thread: None) -> Path:
+def tiny_dense_checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A Qwen3-VL folder: images, no experts."""
     from tests.checkpoints import write_dense
 
-    return write_dense(checkpoints / "tiny-dense")
+    return once(tmp_path_factory.getbasetemp(), "checkpoint-dense", write_dense)
 
 
 @pytest.fixture(scope="session")
-def tiny_text_moe_checkpoint(checkpoints: Path, one_thread: None) -> Path:
+def tiny_text_moe_checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A Qwen3-MoE folder: experts, no images."""
     from tests.checkpoints import write_text_moe
 
-    return write_text_moe(checkpoints / "tiny-text")
+    return once(tmp_path_factory.getbasetemp(), "checkpoint-text-moe", write_text_moe)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from modes_cli import app
 from modes_cli.requests import Check, Exported, Generated, Outcome
 from tests import examples
 from tests.cli.process import Commands
+from tests.once import once
 
 # Options of the steps that made the folder `prepared`.
 DATA = ("--data", "digits", "--samples", 4, "--batch-size", 2)
@@ -117,11 +118,13 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def prepared(command: Commands, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the tiny model, profiled, calibrated and searched once. Tests change a copy, `folder`."""
-    run = tmp_path_factory.mktemp("prepared") / "run"
-    for step in ("profile", "calibrate"):
-        command(step, tiny_checkpoint, *DATA, "--run", run).ok()
-    command("search", *SEARCH, "--run", run).ok()
-    return run
+
+    def make(run: Path) -> None:
+        for step in ("profile", "calibrate"):
+            command(step, tiny_checkpoint, *DATA, "--run", run).ok()
+        command("search", *SEARCH, "--run", run).ok()
+
+    return once(tmp_path_factory.getbasetemp(), "prepared-run", make)
 
 
 @pytest.fixture

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 
 from modes_cli.calibration import calibrate
+from tests.once import once
 from tests.runs import calibration_request
 
 
 @pytest.fixture(scope="session")
 def calibrated(tiny_checkpoint: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders of the tiny and of the built-in model; not to be changed."""
-    runs = {}
-    for name, model in (("tiny", tiny_checkpoint), ("digits", "digits")):
-        runs[name] = tmp_path_factory.mktemp(f"calibrated-{name}")
-        calibrate(calibration_request(model, runs[name]))
-    return runs
+    base = tmp_path_factory.getbasetemp()
+    return {
+        name: once(base, f"calibrated-{name}", lambda run, model=model: calibrate(calibration_request(model, run)))
+        for name, model in (("tiny", tiny_checkpoint), ("digits", "digits"))
+    }
 
 
 @pytest.fixture
