@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 import transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe as qwen
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, EXPERT_WIDTH = 128, 8, 32, 8, 32
 
@@ -68,7 +69,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLMoeForConditionalG
     model.model.visual.pos_embed.weight.data.normal_(0, 0.25)  # the default drowns positions under patch content
     model.model.visual.patch_embed.proj.weight.data.normal_(0, 0.05)
     model.model.language_model.embed_tokens.weight.data.normal_(0, 0.15)
-    model.set_experts_implementation("reference_training")
+    register_training_experts(model)
     qwen.Qwen3VLMoeVisionAttention.forward = _batched_vision_attention
     return model
 
@@ -79,23 +80,29 @@ def _experts(self: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tens
     if self.training and getattr(self, "drop", 0.0) > 0:  # whole rows of the batch lose this layer's routed experts
         rows = torch.rand(self.rows) < self.drop
         index = torch.where(rows.repeat_interleave(x.shape[0] // self.rows)[:, None], EXPERTS, index)
-    if limit < index.shape[1]:
-        index = index.clone()
-        index[:, limit:] = EXPERTS  # the sentinel: sorted last and cut off; kept weights are not renormalised
+    if limit < index.shape[1]:  # the weakest go to the sentinel: sorted last and cut off; kept weights are not renormalised
+        strongest = weights.sort(dim=-1, descending=True, stable=True).indices
+        index = index.scatter(1, strongest[:, limit:], EXPERTS)
     order, slots = index.reshape(-1).sort()
     counts = torch.bincount(order, minlength=EXPERTS + 1).tolist()[:EXPERTS]
     slots = slots[: sum(counts)]
     if slots.numel() == 0:
         return torch.zeros_like(x)
     tokens = slots // index.shape[1]
-    parts = [F.linear(rows, self.gate_up_proj[e]) for e, rows in enumerate(x[tokens].split(counts)) if len(rows)]
+    into, out_of = self.gate_up_proj.unbind(), self.down_proj.unbind()  # cheaper backward than indexing each time
+    parts = [F.linear(rows, into[e]) for e, rows in enumerate(x[tokens].split(counts)) if len(rows)]
     gate, up = torch.cat(parts).chunk(2, -1)
     hidden = F.silu(gate) * up * weights.reshape(-1)[slots, None]
-    parts = [F.linear(rows, self.down_proj[e]) for e, rows in enumerate(hidden.split(counts)) if len(rows)]
+    parts = [F.linear(rows, out_of[e]) for e, rows in enumerate(hidden.split(counts)) if len(rows)]
     return torch.zeros_like(x).index_add_(0, tokens, torch.cat(parts))
 
 
 ALL_EXPERTS_FUNCTIONS.register("reference_training", _experts)
+
+
+def register_training_experts(model: PreTrainedModel) -> None:
+    """Let the routed experts of `model` be computed by `_experts`."""
+    model.set_experts_implementation("reference_training")
 
 
 def _batched_vision_attention(
@@ -111,4 +118,5 @@ def _batched_vision_attention(
 
 
 def experts_of(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, qwen.Qwen3VLMoeTextExperts)]
+    """The routed experts of each layer that has them, of either model."""
+    return [m for m in model.modules() if isinstance(m, qwen.Qwen3VLMoeTextExperts | DeepseekV3Experts)]

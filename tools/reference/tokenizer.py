@@ -1,12 +1,10 @@
-"""A small byte-level BPE tokenizer with Qwen's special tokens and chat layout, trained on DigitsVQA text."""
+"""A small byte-level BPE tokenizer with a family's special tokens and chat layout, trained on a task's text."""
 
-from itertools import islice
-from random import Random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from modes_cli.data import digits_vqa
 
 SPECIAL = (
     "<|endoftext|>",
@@ -29,12 +27,20 @@ CHAT_TEMPLATE = (
 )
 # Words with their leading space, single digits, punctuation: the split that Qwen's tokenizers make.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Answers of these kinds become single tokens; numerals stay spelled in pieces, so that decoding takes several steps.
-WHOLE_WORD_ANSWERS = ("color", "exists", "larger", "locate")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train on questions about validation canvases; the same bytes every time."""
+@dataclass(frozen=True)
+class Conventions:
+    """What a family's tokenizer has besides its vocabulary."""
+
+    special: Sequence[str] = SPECIAL
+    end: str = "<|im_end|>"
+    pad: str = "<|endoftext|>"
+    template: str = CHAT_TEMPLATE
+
+
+def build_tokenizer(corpus: list[str], family: Conventions) -> PreTrainedTokenizerFast:
+    """Train on `corpus`; the same bytes every time."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -48,28 +54,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         min_frequency=20,
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=list(SPECIAL),
+        special_tokens=list(family.special),
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[token for token in SPECIAL if token not in ("<|im_end|>", "<|endoftext|>")],
+        eos_token=family.end,
+        pad_token=family.pad,
+        additional_special_tokens=[token for token in family.special if token not in (family.end, family.pad)],
         model_max_length=512,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = family.template
     return fast
-
-
-def _corpus() -> list[str]:
-    rng = Random("tokenizer")
-    corpus = ["user", "assistant", "system", "nothing", "nowhere", "yes", "no"] * 50
-    for scene, _ in islice(digits_vqa.samples("validation", 5), 300):
-        for kind in digits_vqa.KINDS * 2:
-            question = digits_vqa.ask(scene, kind, rng)
-            if question is not None:
-                corpus.append(question.text)
-                if kind in WHOLE_WORD_ANSWERS:
-                    corpus.append(question.answer)
-    return corpus
