@@ -17,9 +17,10 @@ Columns = tuple[str | None, str | None, str | None]  # of image, question, answe
 DIGITS = "digits"
 BIG_DATA = "gqa"
 
-# Defaults: DigitsVQA has 11 kinds of question in turn, so its counts are multiples of 11; 1,024 is the paper's.
-CALIBRATION_SAMPLES = {DIGITS: 88, "else": 1024}
-EVALUATION_SAMPLES = {DIGITS: 330, "else": 1000}
+# Defaults: DigitsVQA has 11 kinds of question in turn, so its counts are multiples of 11; half of Video-MMMU has about 150
+# questions, on videos of 45 MB each; 1,024 is the paper's.
+CALIBRATION_SAMPLES = {DIGITS: 88, "video-mmmu": 64, "else": 1024}
+EVALUATION_SAMPLES = {DIGITS: 330, "video-mmmu": 100, "else": 1000}
 
 
 class Dtype(StrEnum):
@@ -44,6 +45,11 @@ class DeviceMap(StrEnum):
 class Family(StrEnum):
     known = "known"
     auto = "auto"
+
+
+class Special(StrEnum):
+    keep = "keep"
+    skip = "skip"
 
 
 class Strategy(StrEnum):
@@ -88,6 +94,10 @@ Offload = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.", rich_help_panel=_MODEL)
 ]
+SpecialOption = Annotated[
+    Special,
+    typer.Option("--special", help="Special tokens keep all experts, or are skipped like text.", rich_help_panel=_MODEL),
+]
 TextOnly = Annotated[
     bool, typer.Option("--text-only", help="Allow a model without images: one modality, one threshold.", rich_help_panel=_MODEL)
 ]
@@ -96,7 +106,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="SOURCE",
-        help="`digits`, gqa, coco, a data set id, a folder, .parquet or .jsonl.  (default: digits for `digits`, else gqa)",
+        help="`digits`, gqa, coco, video-mmmu, a data set id, a folder, .parquet or .jsonl.  "
+        "(default: digits for `digits`, else gqa)",
         show_default=False,
         rich_help_panel=_DATA,
     ),
@@ -115,6 +126,9 @@ AnswerColumn = Annotated[str | None, typer.Option(help="Column or key of the ans
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `modes export` wrote.", show_default=False)]
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Use this exported bundle instead of the run's model.")]
 Target = Annotated[float | None, typer.Option(help="Which search result.  (default: the largest)", show_default=False)]
+DecodeTarget = Annotated[
+    float | None, typer.Option(help="Which search result, where several differ in decode's.", show_default=False)
+]
 
 RunDir = Annotated[
     Path | None,
@@ -152,7 +166,7 @@ def evaluation_data(
 
 
 def _by_source(table: dict[str, int], source: str) -> int:
-    return table.get(source, table["else"])
+    return table.get(source.partition(":")[0], table["else"])  # `video-mmmu:16`: of 16 frames
 
 
 def _spec(use: "Use", source: str, split: str | None, samples: int, seed: int, columns: Columns) -> "DataSpec":

@@ -10,13 +10,16 @@ from modes_cli.progress import Progress, Silent
 
 T = TypeVar("T")
 
+PASSES = 40  # of a search, per target
+
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Which checkpoint and how to load it. `id` is a Hugging Face id, a folder, or `digits`.
 
     `device_map`: how transformers spreads the weights over several devices. `offload`: decoder layers are read when they run.
-    `family`: whether one that is not tested may be profiled and calibrated.
+    `family`: whether one that is not tested may be profiled and calibrated. `special`: whether special tokens keep all their
+    experts, or are text like any other.
     """
 
     id: str
@@ -28,6 +31,7 @@ class ModelSpec:
     device_map: str | None = None  # auto | balanced | sequential
     offload: bool = False
     family: str = "known"  # known | auto
+    special: str = "keep"  # keep | skip
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,16 @@ class CalibrateRequest(ProfileRequest):
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """`passes`: most passes over the calibration set per target. `grid`: thresholds per axis of the grid strategies."""
+    """`passes`: most passes over the calibration set per target, without those that count scores or price other ratios.
+    `grid`: thresholds per axis of the grid strategies. `decode_target`: a least skip ratio of the group `decode`. `frontier`:
+    whether other ratios are priced too.
+    """
 
     targets: tuple[float, ...]
     run: Path | None = None
     policy: str = "auto"
     strategy: str = "frontier"  # frontier | two-pointer | exhaustive
-    passes: int = 12
+    passes: int = PASSES
     grid: int = 100
     device: str = "auto"
     trust_remote_code: bool = False
@@ -61,11 +68,15 @@ class SearchRequest:
     progress: Progress = field(default_factory=Silent)
     device_map: str | None = None
     offload: bool = False
+    decode_target: float | None = None
+    frontier: bool = True
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """`target` None: the only search result, or the largest target. `output` None: RUN/bundle."""
+    """`target` None: the only search result, or the largest target. `decode_target`: which of those with the same target.
+    `output` None: RUN/bundle.
+    """
 
     run: Path | None = None
     output: Path | None = None
@@ -74,6 +85,7 @@ class ExportRequest:
     trust_remote_code: bool = False
     fresh: bool = False
     progress: Progress = field(default_factory=Silent)
+    decode_target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class EvaluateRequest:
     """Of the run's model (runtime `torch`) or of `bundle` (runtime `ort`). `target` None: as in ExportRequest.
 
     `lmms_tasks`: tasks of lmms-eval, by name or as .yaml files, instead of `data`, of which `samples` limits each task.
+    `policies`: others to compare with what the search chose, for its targets or for the one that is named; `all` is all.
     """
 
     data: DataSpec
@@ -109,6 +122,8 @@ class EvaluateRequest:
     device_map: str | None = None
     offload: bool = False
     lmms_tasks: tuple[str, ...] = ()
+    decode_target: float | None = None
+    policies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,6 @@ class Check:
 class Generated:
     text: str
     tokens: int
-    skip_ratio: dict[str, float]  # all, text, vision
+    skip_ratio: dict[str, float]  # all, and each group that has tokens
     prefill_seconds: float
     decode_seconds: float

@@ -17,7 +17,7 @@ def calibration_request(
 
 
 def search_request(run: Path, *targets: float, **more: Any) -> SearchRequest:
-    return SearchRequest(targets, run, device="cpu", **more)
+    return SearchRequest(targets, run, device="cpu", **{"passes": 12, "frontier": False, **more})
 
 
 def content(run: Path) -> dict[str, bytes]:

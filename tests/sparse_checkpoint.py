@@ -116,19 +116,20 @@ def write_run(folder: Path, checkpoint: Path, layers: list[int], experts: int, t
     run = RunFolder(folder)
     folder.mkdir(parents=True)
     _, info, _ = describe(ModelSpec(str(checkpoint), device="cpu"))
-    share = {name: 1 / len(layers) for name in ("all", "text", "vision")}
+    share = {name: 1 / len(layers) for name in ("all", "text", "vision", "prompt", "decode")}
     importance = {str(layer): share | {f"kl_{name}": 0.1 for name in share} for layer in layers}
     calibration = examples.artifact("calibration")
     made = {
         **calibration.model_dump(), "model": info.model_dump(), "versions": versions().model_dump(), "importance": importance,
         "moe_layers": len(layers), "experts": experts, "top_k": top_k,
-        "options": {**calibration.options, "text_only": False, "batch_size": 8},
+        "options": {**calibration.options, "text_only": False, "special": "keep", "batch_size": 8},
     }  # fmt: skip
     digest_of = run.write(Calibration.model_validate(made))
     thresholds = examples.artifact("thresholds")
     result = {
-        **thresholds.results[0].model_dump(), "policy": "modes", "parameters": {}, "tau": {"text": tau, "vision": 2 * tau},
-        "skip_ratio_per_layer": {str(layer): 0.5 for layer in layers},
+        **thresholds.results[0].model_dump(), "policy": "modes", "parameters": {"per_modality": 0.0},
+        "tau": {"text": tau, "vision": 2 * tau},
+        "skip_ratio_per_layer": {str(layer): {"all": 0.5} for layer in layers},
     }  # fmt: skip
     from modes_cli import files
 

@@ -25,7 +25,7 @@ from modes_cli.errors import BadModel
 from modes_cli.export import export_bundle
 from modes_cli.export.families import FAMILIES as GRAPHS
 from modes_cli.models import known
-from modes_cli.models.groups import GROUPS, SPECIAL, TEXT, VISION
+from modes_cli.models.groups import AUDIO, DECODE, GROUPS, SPECIAL, TEXT, VISION
 from modes_cli.models.inputs import Batch, measuring_batch, prompt_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.models.profiling import profile_model
@@ -38,6 +38,7 @@ from tests.checkpoint_families import EXPERTS, FAMILIES, FIRST_NEW, IMAGE, Squar
 from tests.checkpoints import reference_config, small_samples
 from tests.families import spread
 from tests.runs import calibration_request, search_request
+from tests.skipping import reference
 
 TARGET = 0.5
 LAYERS = {"glm4v_moe": [1, 2, 3], "ernie4_5_vl_moe": [1, 2, 3], "llama4": [1, 3]}  # MoE layers; all four in the others
@@ -117,8 +118,8 @@ def engine_of(loaded: Loaded) -> Iterator[SkipEngine]:
         engine.remove()
 
 
-def rule(loaded: Loaded, text: float, vision: float) -> Rule:
-    return Rule(torch.ones(len(loaded.blocks), len(GROUPS)), tau_vector({"text": text, "vision": vision}))
+def rule(loaded: Loaded, text: float, vision: float, **others: float) -> Rule:
+    return Rule(torch.ones(len(loaded.blocks), len(GROUPS)), tau_vector({"text": text, "vision": vision, **others}))
 
 
 def batch_of(loaded: Loaded) -> Batch:
@@ -150,10 +151,13 @@ def test_from_the_hubs_files_to_an_answer(family: str, run_of: Any, loaded_of: A
     assert run.profile.expert_parameters == sum(
         p.numel() for name, p in loaded.model.named_parameters() if re.search(r"\.experts\.(gate_up|down)_proj$", name)
     )
-    for column in ("all", "text", "vision"):
+    for column, _ in COLUMNS:
         assert sum(getattr(layer, column) for layer in run.calibration.importance.values()) == pytest.approx(1)
-    assert run.calibration.tokens == run.profile.tokens
-    assert min(run.calibration.tokens.values()) > 0
+    tokens = dict(run.calibration.tokens)  # which knows where the answers are; a profile does not
+    assert tokens.pop("audio", 0) == 0
+    assert min(tokens.values()) > 0
+    tokens["text"] += tokens.pop("decode")
+    assert tokens == run.profile.tokens
     (result,) = run.thresholds.results
     assert TARGET <= result.skip_ratio < 0.6
     assert run.bundle.family == run.calibration.family == loaded.family
@@ -218,9 +222,14 @@ def test_zero_thresholds_change_no_bit(family: str, loaded_of: Any) -> None:
     assert torch.equal(again, logits)  # the engine left nothing behind
 
 
+def groups_of(loaded: Loaded, batch: Batch) -> Tensor:
+    """(B * S,) int32, token by token; the last one of each row is `decode`."""
+    return reference.groups(loaded.tokens, batch.inputs["input_ids"], batch.inputs["attention_mask"])
+
+
 def silence(loaded: Loaded, batch: Batch, group: int) -> list[Any]:
     """Hooks that set what routed experts give for one group's tokens to 0; nothing of the engine is used."""
-    groups = loaded.tokens.of(batch.inputs["input_ids"]).reshape(-1)
+    groups = groups_of(loaded, batch)
     types = batch.inputs.get("moe_mm_token_type_ids")
 
     def hook(name: str) -> Any:
@@ -243,7 +252,7 @@ def silence(loaded: Loaded, batch: Batch, group: int) -> list[Any]:
 @torch.no_grad()
 @pytest.mark.parametrize("group", [TEXT, VISION])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_modalitys_threshold_hits_exactly_its_tokens(family: str, group: int, loaded_of: Any) -> None:
+def test_a_groups_threshold_hits_exactly_its_tokens(family: str, group: int, loaded_of: Any) -> None:
     loaded: Loaded = loaded_of(family)
     batch = batch_of(loaded)
     model: Any = loaded.model
@@ -254,13 +263,14 @@ def test_a_modalitys_threshold_hits_exactly_its_tokens(family: str, group: int, 
         handle.remove()
     plain = model(**batch.inputs).logits
     thresholds = (math.inf, 0.0) if group == TEXT else (0.0, math.inf)
-    with engine_of(loaded) as engine, engine.using(rule=rule(loaded, *thresholds)) as counts:
+    with engine_of(loaded) as engine, engine.using(rule=rule(loaded, *thresholds, decode=0.0)) as counts:
         found = model(**batch.inputs).logits
         kept, total = counts.kept.sum(0), counts.total.sum(0)
     real = batch.inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], atol=2e-4, rtol=1e-3)
     assert not torch.allclose(expected[real], plain[real], atol=1e-2)
-    tokens = loaded.tokens.of(batch.inputs["input_ids"])[real]
+    tokens = groups_of(loaded, batch)[real.reshape(-1)]
+    assert int((tokens == DECODE).sum()) == len(real) - int((tokens[real.sum(1).cumsum(0) - 1] == SPECIAL).sum())
     for g in range(len(GROUPS)):  # special tokens count and keep theirs; padding is in neither
         assert total[:, g].tolist() == [int((tokens == g).sum()) * TOP_K.get(family, 4)] * len(loaded.blocks)
         assert torch.equal(kept[:, g], torch.zeros_like(total[:, g]) if g == group else total[:, g])
@@ -277,7 +287,7 @@ def test_kept_pairs_are_those_of_the_rule(family: str, loaded_of: Any) -> None:
         found = counts.kept.sum(0)
     expected = torch.zeros_like(found)
     for routing in seen:
-        tau = torch.tensor([*taus, 0.0])[routing.group.long()]
+        tau = tau_vector({"text": taus[0], "vision": taus[1]})[routing.group.long()]
         for g in range(len(GROUPS)):
             expected[routing.layer, g] += int((routing.pi >= tau[:, None])[routing.group == g].sum())
     assert torch.equal(found, expected)
@@ -295,18 +305,18 @@ def test_replay_gives_the_bits_of_whole_forwards(family: str, loaded_of: Any) ->
     expected = {}
     with engine_of(loaded) as engine:
         for block in loaded.blocks:
-            for _, group in COLUMNS:
-                with engine.using(drop=Drop(block.index, group)):
-                    expected[block.index, group] = answer_logits(loaded.model, batch)
+            for _, groups in COLUMNS:
+                with engine.using(drop=Drop(block.index, groups)):
+                    expected[block.index, groups] = answer_logits(loaded.model, batch)
     with engine_of(loaded) as engine, Replay(loaded.model, loaded.blocks) as replay:
         replay.record(batch)
         replay.check(batch)
         assert replay._whole == set()
         for block in loaded.blocks:
             before = replay.layers_run
-            for _, group in COLUMNS:
-                with engine.using(drop=Drop(block.index, group)):
-                    assert torch.equal(replay.run(batch, block.layer), expected[block.index, group])
+            for _, groups in COLUMNS:
+                with engine.using(drop=Drop(block.index, groups)):
+                    assert torch.equal(replay.run(batch, block.layer), expected[block.index, groups])
             assert replay.layers_run - before == len(COLUMNS) * (replay.layers - block.layer)
 
 
@@ -424,19 +434,22 @@ def test_llama4s_score_is_its_sigmoid(loaded_of: Any) -> None:
 
 
 @torch.no_grad()
-def test_sound_is_never_skipped_but_counted(loaded_of: Any) -> None:
+def test_sound_is_skipped_where_it_has_a_threshold(loaded_of: Any) -> None:
     loaded: Loaded = loaded_of("qwen3_omni_moe")
     sound = np.sin(np.arange(8000) / 20).astype(np.float32)
     text = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|>What?<|im_end|>\n"
     inputs = {k: v for k, v in loaded.processor(text=text, audio=[sound], return_tensors="pt").items() if isinstance(v, Tensor)}
     audio = inputs["input_ids"] == FIRST_NEW
     assert int(audio.sum()) > 1
-    assert (loaded.tokens.of(inputs["input_ids"])[audio] == SPECIAL).all()
-    with engine_of(loaded) as engine, engine.using(rule=rule(loaded, math.inf, math.inf)) as counts:
-        loaded.model(**inputs)
-    kept, total = counts.kept[0, 0], counts.total[0, 0]
-    assert kept[SPECIAL] == total[SPECIAL] >= 4 * int(audio.sum())
-    assert kept[TEXT] == 0 < total[TEXT]
+    assert (loaded.tokens.of(inputs["input_ids"])[audio] == AUDIO).all()
+    for threshold in ({}, {"audio": math.inf}):
+        with engine_of(loaded) as engine, engine.using(rule=rule(loaded, math.inf, math.inf, **threshold)) as counts:
+            loaded.model(**inputs)
+        kept, total = counts.kept[0, 0], counts.total[0, 0]
+        assert total[AUDIO] == 4 * int(audio.sum())
+        assert kept[AUDIO] == (0 if threshold else total[AUDIO])
+        assert kept[SPECIAL] == total[SPECIAL] > 0
+        assert kept[TEXT] == 0 < total[TEXT]
 
 
 # -- which families ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from modes_cli import files
 from modes_cli.artifacts import SCHEMAS
 from tests import examples
 from tools import schemas
@@ -30,3 +31,12 @@ def test_the_example_holds_by_the_schema_too(name: str) -> None:
     schema = json.loads((schemas.FOLDER / f"{name}.schema.json").read_text("utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.Draft202012Validator(schema).validate(json.loads(examples.path(name).read_text("utf-8")))
+
+
+def test_the_examples_are_of_one_run() -> None:
+    """They name each other by digest, as files that commands wrote one after the other do."""
+    calibration, thresholds = (files.sha256(examples.path(name)) for name in ("calibration", "thresholds"))
+    assert examples.artifact("thresholds").calibration == calibration
+    assert examples.artifact("evaluation").thresholds == thresholds
+    points = {(point.target, *point.tau.items()) for point in examples.artifact("bundle").points}
+    assert points <= {(result.target, *result.tau.items()) for result in examples.artifact("thresholds").results}

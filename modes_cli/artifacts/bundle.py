@@ -21,6 +21,7 @@ class OperatingPoint(Strict):
     """One search result that the bundle can run at by feeding `tau`; the chosen one is the graph's default."""
 
     target: Ratio
+    decode_target: Ratio | None  # as in SearchResult
     tau: dict[str, NonNegative]
     skip_ratio: Ratio
     kl: NonNegative
@@ -53,6 +54,7 @@ class Bundle(Strict):
     parameters: dict[str, float]
     groups: list[str] = Field(min_length=1)
     target: Ratio
+    decode_target: Ratio | None
     tau: dict[str, NonNegative]
     points: list[OperatingPoint]
     moe_layers: list[Count] = Field(min_length=1)  # decoder layer index of each MoE layer, in order
@@ -60,6 +62,7 @@ class Bundle(Strict):
     top_k: Positive
     vision_token_ids: list[Count]
     special_token_ids: list[Count]
+    audio_token_ids: list[Count]
     eos_token_ids: list[Count]
     pad_token_id: Count
     decoder: DecoderInfo

@@ -12,18 +12,23 @@ SampleDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 class LayerImportance(Strict):
-    """Shares of the summed damage: over the layers, each of the three columns sums to 1.
+    """Shares of the summed damage: over the layers, each column sums to 1.
 
-    `all`: every token loses the layer's routed experts; `text`, `vision`: only that modality's tokens do. `kl_*` is the
-    damage itself, mean KL(p_full || p_without) over answer tokens, in nats.
+    `all`: every token loses the layer's routed experts; `text`, `vision`: only that modality's tokens do; `prompt`, `decode`:
+    only text tokens before those that predict the answer, or only these. `kl_*` is the damage itself, mean
+    KL(p_full || p_without) over answer tokens, in nats.
     """
 
     all: NonNegative
     text: NonNegative
     vision: NonNegative
+    prompt: NonNegative
+    decode: NonNegative
     kl_all: NonNegative
     kl_text: NonNegative
     kl_vision: NonNegative
+    kl_prompt: NonNegative
+    kl_decode: NonNegative
 
 
 class Calibration(Artifact):
@@ -48,7 +53,7 @@ class Calibration(Artifact):
     def _shares_sum_to_one(self) -> "Calibration":
         if len(self.importance) != self.moe_layers:
             raise ValueError(f"importance has {len(self.importance)} layers, moe_layers is {self.moe_layers}")
-        for column in ("all", "text", "vision"):
+        for column in ("all", "text", "vision", "prompt", "decode"):
             total = sum(getattr(layer, column) for layer in self.importance.values())
             if total != 0 and abs(total - 1.0) > SUM_TOLERANCE:
                 raise ValueError(f"importance `{column}` sums to {total!r}, not 1")

@@ -1,11 +1,15 @@
 """How much each MoE layer matters (MoDES, arXiv:2511.15690, eq. 2), and what its router thinks of each expert."""
 
+import json
+
 import torch
 from safetensors.torch import save
 
 from modes_cli.artifacts import Calibration
 from modes_cli.artifacts.calibration import LayerImportance
+from modes_cli.calibration.contributions import OutputSums
 from modes_cli.calibration.divergence import kl_sum, log_distribution
+from modes_cli.calibration.ratios import SlotRatios
 from modes_cli.calibration.replay import Replay
 from modes_cli.calibration.scores import ScoreHistogram
 from modes_cli.calibration.unfinished import FILE as UNFINISHED
@@ -14,17 +18,24 @@ from modes_cli.data import batches, open_source
 from modes_cli.data.overlap import sample_digest
 from modes_cli.distributed import Ranks, joined
 from modes_cli.errors import ModesError
-from modes_cli.models.groups import GROUPS, TEXT, VISION
+from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.models.identity import Identity, identity
 from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.requests import CalibrateRequest, Outcome
 from modes_cli.run_folder import RunFolder
 from modes_cli.skipping.engine import Drop, Routing, SkipEngine
+from modes_cli.skipping.measured import ABSENT
 
 TENSORS = "calibration.safetensors"
 # What loses a layer's routed experts, by column of the importance table.
-COLUMNS: tuple[tuple[str, int | None], ...] = (("all", None), ("text", TEXT), ("vision", VISION))
+COLUMNS: tuple[tuple[str, tuple[int, ...] | None], ...] = (
+    ("all", None),
+    ("text", (TEXT, DECODE)),  # the modality
+    ("vision", (VISION,)),
+    ("prompt", (TEXT,)),
+    ("decode", (DECODE,)),
+)
 
 
 def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
@@ -48,6 +59,7 @@ def _calibrate(request: CalibrateRequest, ranks: Ranks) -> Outcome[Calibration]:
     options: dict[str, str | int | float | bool | None] = {
         "batch_size": request.batch_size,
         "text_only": request.model.text_only,
+        "special": request.model.special,
         "image_column": request.data.image_column,
         "question_column": request.data.question_column,
         "answer_column": request.data.answer_column,
@@ -136,6 +148,8 @@ class _Measurement:
         self.blocks, self.top_k = loaded.blocks, loaded.blocks[0].top_k
         self.damage = torch.zeros(len(loaded.blocks), len(COLUMNS), dtype=torch.float64)
         self.histogram = ScoreHistogram(len(loaded.blocks))
+        self.ratios = SlotRatios(len(loaded.blocks), self.top_k)
+        self.outputs = OutputSums(loaded.model, loaded.blocks)
         self.reference: list[torch.Tensor] = []
         self.answer_tokens = 0
         self.batches = 0
@@ -145,36 +159,48 @@ class _Measurement:
         """All sums, as tensors."""
         counters = torch.tensor([self.answer_tokens, self.layers_run])
         reference = torch.cat(self.reference)
-        return {"damage": self.damage, "histogram": self.histogram.counts, "reference": reference, "counters": counters}
+        own = {"damage": self.damage, "histogram": self.histogram.counts, "reference": reference, "counters": counters}
+        return {**own, "ratios": self.ratios.counts, **self.outputs.sums}
 
     def resume(self, state: dict[str, torch.Tensor], batches: int) -> None:
         """Go on from what `state` gave after so many batches."""
         self.damage, self.histogram.counts = state["damage"], state["histogram"]
         self.reference, self.batches = [state["reference"]], batches
         self.answer_tokens, self.layers_run = state["counters"].tolist()
+        self.ratios.counts = state["ratios"]
+        self.outputs.sums |= {name: state[name] for name in state.keys() & {*self.outputs.sums, "router", "router_bias"}}
 
     def measure(self, number: int, batch: Batch, engine: SkipEngine, replay: Replay) -> dict[str, torch.Tensor]:
-        """What one batch gives, to be added: its `number`, `damage`, `histogram`, `reference` and `layers_run`."""
-        histogram = ScoreHistogram(len(self.blocks))
+        """What one batch gives, to be added: its `number`, `damage`, `histogram`, `ratios`, `reference`, `layers_run`, and the
+        sums of `OutputSums`.
+        """
+        histogram, ratios = ScoreHistogram(len(self.blocks)), SlotRatios(len(self.blocks), self.top_k)
+        outputs = self.outputs.zeros()
+        measure_outputs = self.outputs.measuring(outputs, routers=number == 0)
         damage = torch.zeros_like(self.damage)
         before = replay.layers_run
 
         def watch(routing: Routing) -> None:
             histogram.add(routing.layer, routing.pi, routing.group)
+            ratios.add(routing.layer, routing.pi)
+            measure_outputs(routing)
 
-        with engine.using(watch=watch):
-            full = log_distribution(replay.record(batch))
-        replay.check(batch)
-        for block in self.blocks:
-            for column, (_, group) in enumerate(COLUMNS):
-                with engine.using(drop=Drop(block.index, group)):
-                    damage[block.index, column] = kl_sum(full, replay.run(batch, block.layer))
+        with engine.answers_at(batch.decoding):
+            with engine.using(watch=watch):
+                full = log_distribution(replay.record(batch))
+            replay.check(batch)
+            for block in self.blocks:
+                for column, (_, groups) in enumerate(COLUMNS):
+                    with engine.using(drop=Drop(block.index, groups)):
+                        damage[block.index, column] = kl_sum(full, replay.run(batch, block.layer))
         return {
             "number": torch.tensor(number),
             "damage": damage,
             "histogram": histogram.counts,
+            "ratios": ratios.counts,
             "reference": full,
-            "layers_run": torch.tensor(replay.layers_run - before),
+            "layers_run": torch.tensor(replay.layers_run - before + self.outputs.layers_per_batch),
+            **outputs,
         }
 
     def add(self, found: dict[str, torch.Tensor]) -> None:
@@ -183,6 +209,8 @@ class _Measurement:
             raise ModesError(f"batch `{number}` was measured where `{self.batches}` was due", hint="report this")
         self.damage += found["damage"]
         self.histogram.counts += found["histogram"]
+        self.ratios.counts += found["ratios"]
+        self.outputs.add(found)
         self.reference.append(found["reference"])
         self.answer_tokens += found["reference"].shape[0]
         self.batches += 1
@@ -204,4 +232,7 @@ class _Measurement:
         return {name: int(pairs[i]) // self.top_k for i, name in enumerate(GROUPS)}
 
     def tensors(self) -> bytes:
-        return save({"score_histogram": self.histogram.counts, "reference_log_probabilities": torch.cat(self.reference)})
+        scores = {"score_histogram": self.histogram.counts, "reference_log_probabilities": torch.cat(self.reference)}
+        made = {**scores, "slot_ratio": self.ratios.medians(), **self.outputs.tensors()}
+        metadata = {ABSENT: json.dumps(self.outputs.absent, sort_keys=True)} if self.outputs.absent else None
+        return save({name: tensor.contiguous() for name, tensor in made.items()}, metadata=metadata)

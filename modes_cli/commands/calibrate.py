@@ -17,6 +17,7 @@ def calibrate(
     device: options.DeviceOption = options.Device.auto,
     trust_remote_code: options.TrustRemoteCode = False,
     text_only: options.TextOnly = False,
+    special: options.SpecialOption = options.Special.keep,
     family: options.FamilyOption = options.Family.known,
     device_map: options.DeviceMapOption = None,
     offload: options.Offload = False,
@@ -42,8 +43,9 @@ def calibrate(
 
         spread = device_map and device_map.value
         checkpoint = ModelSpec(
-            model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value
-        )
+            model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value,
+            special.value,
+        )  # fmt: skip
         outcome = measure(CalibrateRequest(checkpoint, spec, run, batch_size, fresh, out.progress))
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
 

@@ -19,6 +19,7 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="Where to write.  (default: RUN/bundle)", show_default=False)
     ] = None,
     target: options.Target = None,
+    decode_target: options.DecodeTarget = None,
     trust_remote_code: options.TrustRemoteCode = False,
     run: options.RunDir = None,
     fresh: options.Fresh = False,
@@ -28,12 +29,14 @@ def export(
 ) -> None:
     """Write weights, thresholds, graphs and kernels as one folder that runs."""
     with console.session(json=json, quiet=quiet, debug=debug) as out:
-        if target is not None:
-            options.require_share("--target", target)
+        for option, share in (("--target", target), ("--decode-target", decode_target)):
+            if share is not None:
+                options.require_share(option, share)
         from modes_cli.export import export_bundle
         from modes_cli.requests import ExportRequest
 
-        exported = export_bundle(ExportRequest(run, output, target, format.value, trust_remote_code, fresh, out.progress))
+        asked = (run, output, target, format.value, trust_remote_code, fresh, out.progress, decode_target)
+        exported = export_bundle(ExportRequest(*asked))
         out.show(result(exported), *tables(exported), artifact=exported.path / "bundle.json")
 
 

@@ -21,7 +21,8 @@ def result(plan: "Plan") -> dict[str, Any]:
 
 def tables(plan: "Plan") -> list[Any]:
     """What people get."""
-    from modes_cli.models.plan import ANSWER_TOKENS, SEARCH_PASSES, TOKENS
+    from modes_cli.models.plan import ANSWER_TOKENS, TOKENS
+    from modes_cli.requests import PASSES
 
     weights = plan.weights
     parts: list[tuple[str, int]] = [
@@ -48,7 +49,7 @@ def tables(plan: "Plan") -> list[Any]:
         f"calibrate: {plan.samples} samples in {plan.batches} batches, each {plan.forward_equivalents:.1f} forward passes' "
         f"worth instead of {plan.naive_forwards}; reference distributions: {_size(plan.reference)} of host memory",
         f"with --offload it reads {_size(plan.offload_read)} from the files: larger batches read less",
-        f"search: at most {SEARCH_PASSES} passes over these samples for each target, the default of --passes",
+        f"search: at most {PASSES} passes over these samples for each target, the default of --passes",
     ]
 
 

@@ -18,6 +18,7 @@ def profile(
     device: options.DeviceOption = options.Device.auto,
     trust_remote_code: options.TrustRemoteCode = False,
     text_only: options.TextOnly = False,
+    special: options.SpecialOption = options.Special.keep,
     family: options.FamilyOption = options.Family.known,
     device_map: options.DeviceMapOption = None,
     offload: options.Offload = False,
@@ -45,8 +46,9 @@ def profile(
 
         spread = device_map and device_map.value
         checkpoint = ModelSpec(
-            model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value
-        )
+            model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value,
+            special.value,
+        )  # fmt: skip
         if plan:
             from modes_cli.models.plan import make_plan
 

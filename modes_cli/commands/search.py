@@ -8,6 +8,8 @@ import typer
 from modes_cli import console, options
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from modes_cli.artifacts import Thresholds
 
 
@@ -25,7 +27,15 @@ def search(
     strategy: Annotated[
         options.Strategy, typer.Option(help="How to look; the last two are the paper's, for comparison.")
     ] = options.Strategy.frontier,
-    passes: Annotated[int, typer.Option(min=1, help="Most passes over the calibration set per target.")] = 12,
+    decode_target: Annotated[
+        float | None,
+        typer.Option(help="Share to skip of the tokens that predict the answer, as well: decode gets a tau of its own."),
+    ] = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most passes over the calibration set per target.  (default: 40)", show_default=False),
+    ] = None,
+    frontier: Annotated[bool, typer.Option("--frontier/--no-frontier", help="Price other ratios too, 0.1 to 0.95.")] = True,
     grid: Annotated[int, typer.Option(min=2, help="Thresholds per axis of two-pointer and exhaustive.")] = 100,
     device: options.DeviceOption = options.Device.auto,
     device_map: options.DeviceMapOption = None,
@@ -42,7 +52,9 @@ def search(
         targets = tuple(sorted(set(target or (DEFAULT_TARGET,))))
         for share in targets:
             options.require_share("--target", share, hint=_reachable(run) if not 0 <= share <= 1 else None)
-        from modes_cli.requests import SearchRequest
+        if decode_target is not None:
+            options.require_share("--decode-target", decode_target)
+        from modes_cli.requests import PASSES, SearchRequest
         from modes_cli.search import find_thresholds
 
         outcome = find_thresholds(
@@ -51,7 +63,7 @@ def search(
                 run,
                 policy,
                 strategy.value,
-                passes,
+                PASSES if passes is None else passes,
                 grid,
                 device.value,
                 trust_remote_code,
@@ -59,6 +71,8 @@ def search(
                 out.progress,
                 device_map and device_map.value,
                 offload,
+                decode_target,
+                frontier,
             )
         )
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
@@ -80,9 +94,13 @@ def _reachable(run: Path | None) -> str | None:
 
 def result(found: "Thresholds") -> dict[str, Any]:
     """What scripts get of a search."""
-    keys = {"target", "policy", "tau", "skip_ratio", "kl", "predicted_skip_ratio"}
+    keys = {
+        "target", "decode_target", "policy", "parameters", "tau", "skip_ratio", "skip_ratio_per_group", "kl", "kl_held_out",
+        "predicted_skip_ratio", "distinct_experts",
+    }  # fmt: skip
     return {
         "results": [one.model_dump(include=keys) for one in found.results],
+        "frontier": [one.model_dump() for one in found.frontier],
         "model_passes": found.model_passes,
         "grid": found.grid,
     }
@@ -90,17 +108,53 @@ def result(found: "Thresholds") -> dict[str, Any]:
 
 def tables(found: "Thresholds") -> list[Any]:
     """What people get of a search."""
-    groups = [group for group in found.groups if any(group in one.tau for one in found.results)]
-    columns = ["target", "policy", *(f"tau {group}" for group in groups), "skipped", "predicted", "KL"]
+    taus = _present([one.tau for one in found.results])
+    groups = _present([one.skip_ratio_per_group for one in found.results])
+    columns = ["target", "policy", *(f"tau {group}" for group in taus), "skipped", *groups, "KL", "held out"]
     rows = [
         [
             one.target,
-            one.policy,
-            *(one.tau.get(group, "") for group in groups),
+            _named(one.policy, one.parameters),
+            *(one.tau.get(group, "") for group in taus),
             one.skip_ratio,
-            one.predicted_skip_ratio,
+            *(one.skip_ratio_per_group.get(group, "") for group in groups),
             one.kl,
+            one.kl_held_out,
         ]
         for one in found.results
     ]
-    return [console.table("Thresholds", columns, rows), f"{found.model_passes:.1f} passes over the calibration set"]
+    shown = [console.table("Thresholds", columns, rows)]
+    if found.frontier:
+        from modes_cli.report.terminal import frontier_plot
+
+        shown += [_prices(found), frontier_plot(_lines(found))]
+    return [*shown, f"{found.model_passes:.1f} passes over the calibration set"]
+
+
+def _present(given: "Sequence[Mapping[str, float]]") -> list[str]:
+    """Token groups that any of them names."""
+    return list(dict.fromkeys(group for one in given for group in one))
+
+
+def _named(policy: str, parameters: dict[str, float]) -> str:
+    """`tempered 0.25`, `modes`: the power, and the names of switches that are on."""
+    said = [f"{value:g}" if name == "power" else name for name, value in parameters.items() if value]
+    return " ".join([policy, *said])
+
+
+def _lines(found: "Thresholds") -> list[tuple[str, list[tuple[float, float]]]]:
+    """Skip ratio and KL of every policy in the price list."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in found.frontier:
+        lines.setdefault(_named(one.policy, one.parameters), []).append((one.skip_ratio, one.kl))
+    return list(lines.items())
+
+
+def _prices(found: "Thresholds") -> Any:
+    """KL by policy and ratio."""
+    by_ratio: dict[float, dict[str, float]] = {}
+    for one in found.frontier:
+        by_ratio.setdefault(one.target, {})[_named(one.policy, one.parameters)] = one.kl
+    names = [name for name, _ in _lines(found)]
+    rows = [[ratio, *(prices.get(name, "") for name in names)] for ratio, prices in sorted(by_ratio.items())]
+    return console.table("Frontier: KL by share skipped", ["target", *names], rows)

@@ -15,10 +15,14 @@ from PIL.Image import Image
 from modes_cli.artifacts import Evaluation
 from modes_cli.artifacts.base import DataInfo, flatten
 from modes_cli.artifacts.evaluation import TaskAccuracy
-from modes_cli.data.overlap import overlap, sample_digest
+from modes_cli.data.images import Unusable, decode_image
+from modes_cli.data.overlap import sample_digest
 from modes_cli.data.sample import Sample
+from modes_cli.data.videos import encoded_frames, require_decoder
 from modes_cli.errors import BadOption, ModesError, first_line
-from modes_cli.evaluation.evaluate import Answer, Side, Subject, warn
+from modes_cli.evaluation.answering import Side
+from modes_cli.evaluation.artifact import Accuracies, reused, write
+from modes_cli.evaluation.subject import Answer, Subject
 from modes_cli.models.loading import versions
 from modes_cli.requests import EvaluateRequest, Outcome
 from modes_cli.run_folder import RunFolder
@@ -40,17 +44,10 @@ def evaluate_tasks(request: EvaluateRequest, run: RunFolder, subject: Subject) -
 
     Raises:
         BadOption: lmms-eval is not installed, there is no such task, or one that needs what our runtimes do not do
-            (likelihoods, several rounds, videos, sampling), or that has no metric from 0 to 1 where higher is better.
+            (likelihoods, several rounds, sounds, sampling), or that has no metric from 0 to 1 where higher is better.
     """
     version = _installed()
-    options: dict[str, str | int | float | bool | None] = {
-        "runtime": subject.runtime,
-        "target": subject.target,
-        "batch_size": request.batch_size,
-        "thresholds": subject.thresholds,
-        "lmms_eval": version,
-        "limit": request.data.samples,
-    }
+    options = subject.options(batch_size=request.batch_size, lmms_eval=version, limit=request.data.samples)
     source = f"lmms-eval: {','.join(request.lmms_tasks)}"
     if not request.fresh and run.exists(Evaluation):
         kept = run.read(Evaluation)
@@ -59,8 +56,7 @@ def evaluate_tasks(request: EvaluateRequest, run: RunFolder, subject: Subject) -
         same = {name: value for name, value in kept.identity().items() if name not in _WITHOUT}
         expected = {name: value for name, value in expected.items() if name not in _WITHOUT}
         run.require_same(Evaluation, same, expected, renew=f"modes evaluate{run.option} --fresh")
-        warn(request, kept)
-        return Outcome(kept, run.file(Evaluation.FILE), reused=True)
+        return reused(request, run, kept)
     names, manager = _tasks(request.lmms_tasks)
     answer = subject.open()
     request.progress.start("evaluate", 2)
@@ -76,34 +72,16 @@ def evaluate_tasks(request: EvaluateRequest, run: RunFolder, subject: Subject) -
         for metric, value in one.metrics.items()
     }
     full, skipped = (_mean(_mean(one.metrics.values()) for one in side.values()) for side in scores)
-    counts = asked[1].side.counts
-    artifact = Evaluation(
-        model=subject.model,
-        data=DataInfo(
-            source=source,
-            split=None,
-            samples=len(asked[0].digests),
-            seed=0,
-            digest=hashlib.sha256("".join(asked[0].digests).encode()).hexdigest(),
-        ),
-        options=options,
-        versions=versions(),
-        runtime=subject.runtime,
-        thresholds=subject.thresholds,
-        target=subject.target,
-        full=full,
-        skipped=skipped,
-        retained=skipped / full if full else 0.0,
-        skip_ratio={"all": counts.skip_ratio(), **counts.per_group()} if counts else {"all": 0.0},
-        per_task=per_task,
-        policies={subject.policy: skipped},
-        changed=[],
-        overlap=None if subject.calibrated_on is None else overlap(asked[0].digests, subject.calibrated_on),
-        full_seconds=asked[0].side.seconds,
-        skipped_seconds=asked[1].side.seconds,
+    digests = asked[0].digests
+    data = DataInfo(
+        source=source,
+        split=None,
+        samples=len(digests),
+        seed=0,
+        digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
     )
-    warn(request, artifact)
-    return Outcome(artifact, run.write(artifact))
+    sides = asked[0].side, asked[1].side
+    return write(request, run, subject, data, options, sides, digests, Accuracies(full, skipped, per_task))
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -237,13 +215,34 @@ class _Answering:
     def _sample(self, arguments: tuple[Any, ...], documents: Any) -> Sample:
         context, _, visual, number, task, split = arguments[:6]
         shown = visual(documents[task][split][number]) or []
-        images = shown if isinstance(shown, (list, tuple)) else [shown]
-        for one in images:
-            if not isinstance(one, Image):
+        images: list[Image] = []
+        for one in shown if isinstance(shown, (list, tuple)) else [shown]:
+            if isinstance(one, Image):
+                images.append(one.convert("RGB"))
+            elif isinstance(one, str) and one.endswith(".mp4"):
+                images += () if self.text_only else _video(one, task)
+            else:
                 kind = type(one).__name__
-                raise BadOption(f"task `{task}` shows a `{kind}`, not images", hint="videos and sounds are not supported")
-        pictures = () if self.text_only else tuple(one.convert("RGB") for one in images)
-        return Sample(f"{task}/{number}", pictures, context, "-", task)
+                raise BadOption(f"task `{task}` shows a `{kind}`, not images", hint="of videos .mp4 files are taken; no sounds")
+        return Sample(f"{task}/{number}", () if self.text_only else tuple(images), context, "-", task)
+
+
+def _video(path: str, task: str) -> list[Image]:
+    """FRAMES frames of a video, as images.
+
+    Raises:
+        BadOption: PyAV is not installed, or the file cannot be read.
+    """
+    require_decoder(f"task {task}")
+    try:
+        with open(path, "rb") as file:
+            return [decode_image(frame) for frame in encoded_frames(file)]
+    except (OSError, Unusable) as error:
+        raise BadOption(
+            f"task `{task}` shows the video `{path}`, which {'cannot be read: ' if isinstance(error, OSError) else ''}"
+            f"{first_line(error)}",
+            hint="fetch the task's videos again",
+        ) from error
 
 
 def _until(text: str, ends: str | Sequence[str] | None) -> str:

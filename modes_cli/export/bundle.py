@@ -2,10 +2,9 @@
 
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from modes_cli import files
@@ -15,21 +14,20 @@ from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption, KernelError, ModesError, WriteFailed
 from modes_cli.export import weights
+from modes_cli.export.beside import beside, raise_failure
 from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
 from modes_cli.export.decoder import DecoderSpec, export_decoder
 from modes_cli.export.embedding import export_embedding
 from modes_cli.export.integrity import (
     CUDA_LIBRARY,
     LIBRARY,
-    THRESHOLDS,
     check_extra,
     check_for_loading,
     read_bundle,
-    read_thresholds,
 )
 from modes_cli.export.linking import link
-from modes_cli.export.plan import Plan, make_plan
-from modes_cli.export.safetensors_header import Entry, merged, read_header
+from modes_cli.export.plan import Plan, make_plan, require_exportable
+from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.export.vision import export_vision
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import versions
@@ -37,6 +35,7 @@ from modes_cli.requests import Exported, ExportRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.calibrated import model_spec, require_current
 from modes_cli.search.selection import found_in, select
+from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import from_result
 
@@ -49,15 +48,16 @@ def export_bundle(request: ExportRequest) -> Exported:
     Raises:
         MissingArtifact, StaleArtifact: calibrate or search has to run first, or again.
         UnknownLayout: this checkpoint's tensors, or this family's graphs, are not understood.
-        BadOption: no such target; `output` is a folder with other things in it.
+        BadOption: no such target; a policy that no graph can have; `output` is a folder with other things in it.
         WriteFailed: not enough space.
     """
     run = RunFolder(request.run)
     output = request.output or run.path / "bundle"
     thresholds, calibration = found_in(run)
-    result = select(thresholds, request.target)
+    result = select(thresholds, request.target, request.decode_target)
+    require_exportable(result, onnx=request.format == "onnx")
     require_replaceable(output)
-    rule = from_result(result, calibration)
+    rule = from_result(result, Measured(calibration, run))
     if not request.fresh and (same := _same(output, thresholds, result, rule, request.format)) is not None:
         return Exported(same, output, peak_rss())
     spec = model_spec(calibration, "cpu", request.trust_remote_code)
@@ -93,20 +93,20 @@ def _same(output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule
     """The bundle that is there, if it is whole and is what would be written."""
     try:
         there = check_for_loading(output)
-        scale, _ = read_thresholds(output, there)
+        stored = read_rule(output, there)
     except ModesError:
         return None
     found = (there.model, there.calibration_data, there.versions, there.format)
-    chosen = (there.policy, there.parameters, there.target, there.tau)
+    chosen = (there.policy, there.parameters, there.target, there.decode_target, there.tau)
     if found != (thresholds.model, thresholds.data, versions(), format):
         return None
-    if chosen != (result.policy, result.parameters, result.target, result.tau):
+    if chosen != (result.policy, result.parameters, result.target, result.decode_target, result.tau):
         return None
     if format == "onnx":  # kernels that were built again, or for CUDA now, belong in the bundle
         digests = {file.path: file.sha256 for file in there.files}
         if any(digests.get(name) != files.sha256(library) for name, library in _libraries().items()):
             return None
-    return there if np.array_equal(scale, rule.score_scale.numpy()) else None
+    return there if stored.key == rule.key else None
 
 
 def _require_space(output: Path, targets: list[weights.Target]) -> None:
@@ -121,15 +121,19 @@ def _require_space(output: Path, targets: list[weights.Target]) -> None:
 
 
 def _fill(folder: Path, plan: Plan, request: ExportRequest) -> None:
-    progress = request.progress
-    written = weights.write_weights(folder, plan.targets, progress)
-    copy_settings(folder, plan)
-    (folder / THRESHOLDS).write_bytes(thresholds_bytes(plan))
-    if request.format == "onnx":
-        _write_graphs(folder, plan, request)
-        for name, library in _libraries().items():
-            shutil.copyfile(library, folder / name)
-    digests = {file.path: file for file in written}
+    onnx, advance = request.format == "onnx", request.progress.advance
+    request.progress.start("weights and graphs" if onnx else "weights", len(plan.targets) + (3 if onnx else 0))
+    with beside(lambda check: weights.write_weights(folder, plan.targets, advance, check)) as written:
+        copy_settings(folder, plan)
+        (folder / THRESHOLDS).write_bytes(thresholds_bytes(plan))
+        if onnx:
+            for name, graph in _graphs(plan):
+                _save(graph, folder / name, plan)
+                advance()
+                raise_failure(written)
+            for name, library in _libraries().items():
+                shutil.copyfile(library, folder / name)
+    digests = {file.path: file for file in written.result()}
     for path in sorted(folder.iterdir()):
         if path.name not in digests:
             digests[path.name] = BundleFile(path=path.name, bytes=path.stat().st_size, sha256=files.sha256(path))
@@ -147,28 +151,18 @@ def _libraries() -> dict[str, Path]:
     return found
 
 
-def _write_graphs(folder: Path, plan: Plan, request: ExportRequest) -> None:
+def _graphs(plan: Plan) -> Iterator[tuple[str, ir.Model]]:
     assert plan.family is not None
     family, text = plan.family, plan.config.get_text_config()
-    tensors = merged([read_header(path) for path in sorted(folder.glob("model-*.safetensors"))])
     deepstack = family.deepstack(plan.config)
-    spec = DecoderSpec(text, deepstack, plan.blocks, plan.tokens, plan.rule.score_scale, plan.rule.tau)
-    request.progress.start("graphs", 3)
-    _save(
-        export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack),
-        folder / "embedding.onnx",
-        plan,
-        tensors,
-    )
-    request.progress.advance()
-    _save(export_vision(plan.model, plan.mode, family, plan.config), folder / "vision.onnx", plan, tensors)
-    request.progress.advance()
-    _save(export_decoder(plan.model, plan.mode, family, spec), folder / "decoder.onnx", plan, tensors)
-    request.progress.advance()
+    spec = DecoderSpec(text, deepstack, plan.blocks, plan.tokens, plan.rule)
+    yield "embedding.onnx", export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack)
+    yield "vision.onnx", export_vision(plan.model, plan.mode, family, plan.config)
+    yield "decoder.onnx", export_decoder(plan.model, plan.mode, family, spec)
 
 
-def _save(model: ir.Model, path: Path, plan: Plan, tensors: Mapping[str, Entry]) -> None:
-    link(model, tensors, path.parent, plan.aliases)
+def _save(model: ir.Model, path: Path, plan: Plan) -> None:
+    link(model, weights.places(path.parent, plan.targets) | layer_entries(path.parent), path.parent, plan.aliases)
     model.metadata_props.update(
         {"modes.groups": ",".join(GROUPS), "modes.policy": plan.result.policy, "modes.model": plan.info.id}
     )

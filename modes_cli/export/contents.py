@@ -2,19 +2,16 @@
 
 import json
 import shutil
-import struct
 from pathlib import Path
-
-from safetensors.torch import save
-from torch import Tensor
 
 from modes_cli import files
 from modes_cli.artifacts import Bundle
 from modes_cli.artifacts.bundle import BundleFile, DecoderInfo, OperatingPoint
+from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadModel
-from modes_cli.export import weights
 from modes_cli.export.decoder import cache_shape
 from modes_cli.export.plan import Plan
+from modes_cli.export.thresholds import rule_bytes
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import versions
 
@@ -38,21 +35,16 @@ def copy_settings(folder: Path, plan: Plan) -> None:
 
 
 def thresholds_bytes(plan: Plan) -> bytes:
-    tensors: dict[str, Tensor] = {"score_scale": plan.rule.score_scale.contiguous(), "tau": plan.rule.tau.contiguous()}
+    decode = plan.result.decode_target
     metadata = {
         "policy": plan.result.policy,
         "target": repr(plan.result.target),
+        **({} if decode is None else {"decode_target": repr(decode)}),
         "groups": ",".join(GROUPS),
         "moe_layers": ",".join(str(block.layer) for block in plan.blocks),
         **{f"parameter.{name}": repr(value) for name, value in plan.result.parameters.items()},
     }
-    data = save(tensors, metadata)
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(metadata.items()))  # the library's order differs from run to run
-    text = json.dumps(header, separators=(",", ":")).encode()
-    pad = -(8 + len(text)) % weights.PAGE  # aligned like the weights, so that it may be mapped as well
-    return struct.pack("<Q", len(text) + pad) + text + b" " * pad + data[8 + length :]
+    return rule_bytes(plan.rule, metadata)
 
 
 def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle:
@@ -72,13 +64,15 @@ def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle
         parameters=result.parameters,
         groups=list(GROUPS),
         target=result.target,
+        decode_target=result.decode_target,
         tau=result.tau,
-        points=[OperatingPoint(target=r.target, tau=r.tau, skip_ratio=r.skip_ratio, kl=r.kl) for r in alike],
+        points=[_point(one) for one in alike],
         moe_layers=[block.layer for block in plan.blocks],
         experts=plan.blocks[0].num_experts,
         top_k=plan.blocks[0].top_k,
         vision_token_ids=list(plan.tokens.vision_ids),
         special_token_ids=list(plan.tokens.special_ids),
+        audio_token_ids=list(plan.tokens.audio_ids),
         eos_token_ids=ends,
         pad_token_id=ends[0] if pad is None else int(pad),
         decoder=DecoderInfo(
@@ -94,6 +88,11 @@ def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle
         ),
         files=listed,
     )
+
+
+def _point(found: SearchResult) -> OperatingPoint:
+    shared = ("target", "decode_target", "tau", "skip_ratio", "kl")
+    return OperatingPoint(**{name: getattr(found, name) for name in shared})
 
 
 def _end_ids(plan: Plan) -> list[int]:

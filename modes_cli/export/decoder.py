@@ -16,9 +16,14 @@ from modes_cli.export.families.base import Family
 from modes_cli.export.graph import AUTO, Shape
 from modes_cli.export.sinks import with_sinks
 from modes_cli.export.skeleton import keep_only
+from modes_cli.export.thresholds import PREFIX
 from modes_cli.models.blocks import MoEBlock
-from modes_cli.models.groups import GROUPS, SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.models.groups import GROUPS, TokenGroups, groups_by_id, last_real, with_decode
+from modes_cli.skipping import pairs
+from modes_cli.skipping.formula import Formula
+from modes_cli.skipping.policy import Pairs, Rule, scale_of
 
+CONTRIBUTION = PREFIX.rstrip(".")  # the module that stands for the formula's tensors
 PADDING = len(GROUPS)  # a group that only the graph knows: tau is infinite, so padding costs no expert work
 _ATTENTION = "modes_export"
 
@@ -44,14 +49,13 @@ def cache_shape(text: Any) -> CacheShape:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """What a decoder graph is made from. `score_scale` is [L, G] or [L, G, E], `tau` [G], float32."""
+    """What a decoder graph is made from. A contribution of `rule` must be a `Formula`."""
 
     config: Any  # of the text model
     deepstack: int
     blocks: list[MoEBlock]
     tokens: TokenGroups
-    score_scale: Tensor
-    tau: Tensor
+    rule: Rule
 
     @property
     def layers(self) -> int:
@@ -81,7 +85,7 @@ class FlatCache:
 class Decoder(nn.Module):
     """The text model between embeddings and logits, with the experts of every MoE layer replaced by the operator."""
 
-    def __init__(self, model: nn.Module, family: Family, spec: DecoderSpec) -> None:
+    def __init__(self, model: nn.Module, mode: FakeTensorMode, family: Family, spec: DecoderSpec) -> None:
         super().__init__()
         tree = keep_only(model, [family.text, family.head])
         for name, child in tree.named_children():  # not as one submodule: names must stay the checkpoint's
@@ -92,8 +96,14 @@ class Decoder(nn.Module):
         self.kept: list[Tensor] = []
         self.register_buffer("vision_ids", torch.tensor(spec.tokens.vision_ids, dtype=torch.int64), persistent=False)
         self.register_buffer("special_ids", torch.tensor(spec.tokens.special_ids, dtype=torch.int64), persistent=False)
+        self.register_buffer("audio_ids", torch.tensor(spec.tokens.audio_ids, dtype=torch.int64), persistent=False)
         self.register_buffer("never", torch.tensor([float("inf")]), persistent=False)
-        padded = torch.cat([spec.score_scale, torch.zeros_like(spec.score_scale[:, :1])], 1)
+        self.formula = spec.rule.contribution
+        if self.formula is not None:
+            assert isinstance(self.formula, Formula)
+            self.add_module(CONTRIBUTION, _parts(self.formula, mode))
+        scale = spec.rule.score_scale
+        padded = torch.cat([scale, torch.zeros_like(scale[:, :1])], 1)
         for block in spec.blocks:
             self.register_buffer(f"score_scale_{block.layer}", padded[block.index].clone(), persistent=False)
             block.experts.forward = self._experts(block)
@@ -112,11 +122,22 @@ class Decoder(nn.Module):
                 hidden, ids, weights.to(hidden.dtype), self.group, self.thresholds, scale,
                 experts.gate_up_proj, experts.down_proj, *biases,
                 block.activation, alpha, limit, block.transposed, block.interleaved,
+                self._score(block, scale, hidden, ids, weights),
             )  # fmt: skip
             self.kept.append(kept)
             return out
 
         return forward
+
+    def _score(self, block: MoEBlock, scale: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """[T, k] float32, what the rule compares with its thresholds; None where the operator computes it from pi."""
+        if self.formula is None:
+            return None
+        assert isinstance(self.formula, Formula)
+        assert self.group is not None
+        seen = Pairs(block.index, pairs.score(block, weights), self.group, ids, hidden)
+        own = {name: self.get_buffer(f"{CONTRIBUTION}.{name}_{block.index}") for name in self.formula.tensors}
+        return scale_of(scale, seen) * self.formula.of(own, seen)
 
     def forward(
         self,
@@ -152,10 +173,19 @@ class Decoder(nn.Module):
 
     def _groups(self, input_ids: Tensor, valid: Tensor) -> Tensor:
         """[B, S] int32."""
-        vision = (input_ids[..., None] == self.get_buffer("vision_ids")).any(-1)
-        special = (input_ids[..., None] == self.get_buffer("special_ids")).any(-1)
-        group = torch.where(vision, VISION, torch.where(special, SPECIAL, TEXT))
+        group = groups_by_id(input_ids, *(self.get_buffer(f"{kind}_ids") for kind in ("vision", "special", "audio")))
+        group = with_decode(group, last_real(valid))
         return torch.where(valid, group, PADDING).to(torch.int32)
+
+
+def _parts(formula: Formula, mode: FakeTensorMode) -> nn.Module:
+    """A formula's tensors layer by layer, as shapes: like weights they stay in their file. Named as `layer_entries` does."""
+    parts = nn.Module()
+    with mode:
+        for name, tensor in formula.tensors.items():
+            for layer in range(len(tensor)):
+                parts.register_buffer(f"{name}_{layer}", torch.zeros(tensor.shape[1:]))
+    return parts
 
 
 def _attention(
@@ -188,7 +218,7 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
     tau [G] and logits_to_keep [1] (both with a default), past_key_values.N.key / value as `cache_shape` says.
     Outputs: logits [B, S, V], or only the last `logits_to_keep` rows; kept_pairs [L, G] int64; present.N.key / value.
     """
-    decoder = Decoder(model, family, spec).eval()
+    decoder = Decoder(model, mode, family, spec).eval()
     batch, length, past = 2, 5, 3
     hidden, layers, rows = int(spec.config.hidden_size), spec.layers, family.position_rows
     with mode:
@@ -224,6 +254,6 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
     }
     outputs |= {f"present.{name}": ["batch", spec.cache.heads, "total", width] for name, width in names.items()}
     traced = graph.trace(decoder, example, dynamic, inputs, outputs)
-    graph.give_default(traced, "tau", spec.tau.to(torch.float32))
+    graph.give_default(traced, "tau", spec.rule.tau.to(torch.float32))
     graph.give_default(traced, "logits_to_keep", torch.zeros(1, dtype=torch.int64))
     return traced

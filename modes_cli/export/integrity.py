@@ -1,22 +1,18 @@
 """Whether a bundle's files are what bundle.json says. Loading and `modes verify` share these checks."""
 
 import hmac
-import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from modes_cli import files
 from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import Bundle, BundleFile
 from modes_cli.errors import BadArtifact
-from modes_cli.export.safetensors_header import Entry, Header, chunks, merged, read_header
+from modes_cli.export.safetensors_header import Entry, merged, read_header
+from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.run_folder import read_json
 
-THRESHOLDS = "thresholds.safetensors"
 LIBRARY, CUDA_LIBRARY = "libmodes_cpu.so", "libmodes_cuda.so"  # the second where `modes export` found one
 GRAPHS = ("decoder.onnx", "embedding.onnx", "vision.onnx")
 WEIGHT_DTYPES = {"F32", "F16", "BF16"}
@@ -120,44 +116,9 @@ def weight_headers(folder: Path, bundle: Bundle) -> dict[str, Entry]:
     return tensors
 
 
-def read_thresholds(folder: Path, bundle: Bundle) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """`score_scale` [L, G] or [L, G, E] and `tau` [G] of a bundle.
-
-    Raises:
-        BadArtifact: other tensors or shapes, a value that is negative or not finite, or a tau that bundle.json denies.
-    """
-    header = read_header(folder / THRESHOLDS)
-    layers, groups = len(bundle.moe_layers), len(bundle.groups)
-    shapes = {"score_scale": ((layers, groups), (layers, groups, bundle.experts)), "tau": ((groups,),)}
-    if set(header.tensors) != set(shapes):
-        raise BadArtifact(str(header.path), "tensors", f"are {sorted(header.tensors)[:8]}, should be score_scale and tau")
-    found = {name: _floats(header, name, allowed) for name, allowed in shapes.items()}
-    expected = np.array([bundle.tau.get(group, 0.0) for group in bundle.groups], dtype=np.float32)
-    if not np.array_equal(found["tau"], expected):
-        raise BadArtifact(str(header.path), "tensor `tau`", f"is {found['tau'].tolist()}, bundle.json says {expected.tolist()}")
-    if expected[-1] != 0:
-        raise BadArtifact(
-            str(folder / artifact.FILE), "field `tau`", f"`{bundle.groups[-1]}` is {expected[-1]}; it is never skipped"
-        )
-    return found["score_scale"], found["tau"]
-
-
-def _floats(header: Header, name: str, allowed: tuple[tuple[int, ...], ...]) -> NDArray[np.float32]:
-    entry = header.tensors[name]
-    if entry.dtype != "F32" or entry.shape not in allowed:
-        raise BadArtifact(
-            str(header.path), f"tensor `{name}`", f"is {entry.dtype} {list(entry.shape)}, should be F32 {list(allowed[0])}"
-        )
-    values = np.frombuffer(b"".join(chunks(entry)), dtype="<f4").reshape(entry.shape)
-    wrong = np.argwhere(~(np.isfinite(values) & (values >= 0)))
-    if len(wrong):
-        at = entry.start + 4 * math.ceil(np.ravel_multi_index(tuple(wrong[0]), entry.shape))
-        raise BadArtifact(
-            str(header.path),
-            f"tensor `{name}` at offset {at}",
-            f"`{values[tuple(wrong[0])]}` is not a finite number of 0 or more",
-        )
-    return values
+def graph_weights(folder: Path, bundle: Bundle) -> dict[str, Entry]:
+    """What a bundle's graphs may refer to: all weights, and layer by layer the tensors of the rule's formula."""
+    return weight_headers(folder, bundle) | layer_entries(folder)
 
 
 def check_for_loading(folder: Path) -> Bundle:
@@ -172,5 +133,5 @@ def check_for_loading(folder: Path) -> Bundle:
         if not is_weights(file.path):
             check_digest(folder, file)
     weight_headers(folder, bundle)
-    read_thresholds(folder, bundle)
+    read_rule(folder, bundle)
     return bundle

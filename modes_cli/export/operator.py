@@ -18,7 +18,7 @@ torch.library.define(
     "modes_trace::skip_experts",
     "(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor group, Tensor tau, Tensor score_scale, "
     "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, float limit, "
-    "bool transposed, bool interleaved) -> (Tensor, Tensor)",
+    "bool transposed, bool interleaved, Tensor? score) -> (Tensor, Tensor)",
 )
 torch.library.define("modes_trace::last_rows", "(Tensor x, Tensor count) -> Tensor")
 
@@ -82,10 +82,11 @@ _ONNX = onnxscript.opset23
 def _skip_experts(
     x: Any, expert_ids: Any, expert_weights: Any, group: Any, tau: Any, score_scale: Any, gate_up: Any, down: Any,
     gate_up_bias: Any, down_bias: Any, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
+    score: Any,
 ) -> Any:  # fmt: skip
-    inputs = [x, expert_ids, expert_weights, group, tau, score_scale, gate_up, down]
-    if gate_up_bias is not None:
-        inputs += [gate_up_bias, down_bias]
+    inputs = [x, expert_ids, expert_weights, group, tau, score_scale, gate_up, down, gate_up_bias, down_bias, score]
+    while inputs[-1] is None:  # those in between keep their place, empty
+        inputs.pop()
     return _MODES.SkipExperts(
         *inputs,
         activation=activation,

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modes_cli.artifacts import Thresholds
 from modes_cli.artifacts.base import ModelInfo
 from modes_cli.artifacts.thresholds import SearchResult
+from modes_cli.errors import BadOption
 from modes_cli.export import skeleton, weights
 from modes_cli.export.conversion import in_memory
 from modes_cli.export.families import Family, family_of, known_family
@@ -21,6 +22,7 @@ from modes_cli.models.loading import describe
 from modes_cli.models.processor import load_processor
 from modes_cli.requests import ModelSpec
 from modes_cli.skipping.policy import Rule
+from modes_cli.skipping.registry import policy
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Plan:
     remote_code: bool
 
 
+def require_exportable(result: SearchResult, *, onnx: bool) -> None:
+    """Raises BadOption if no graph can have the policy. Weights alone go with any: PyTorch runs them all."""
+    chosen = policy(result.policy, **result.parameters)
+    if onnx and not chosen.exportable:
+        raise BadOption(
+            f"policy `{result.policy}` has no graph: {chosen.obstacle}",
+            hint="`--format safetensors` makes a bundle for PyTorch; or search with another `--policy`",
+        )
+
+
 def make_plan(spec: ModelSpec, thresholds: Thresholds, result: SearchResult, rule: Rule, *, onnx: bool) -> Plan:
     """Read the checkpoint's configuration and headers, and decide where every tensor goes.
 
@@ -61,7 +73,8 @@ def make_plan(spec: ModelSpec, thresholds: Thresholds, result: SearchResult, rul
     tokenizer = _tokenizer(folder, spec)
     return Plan(
         thresholds, result, rule, folder, info, config, mode, model, family, find_moe_blocks(model),
-        token_groups(config, tokenizer.all_special_ids), tokenizer, targets, _aliases(model, targets), spec.trust_remote_code,
+        token_groups(config, tokenizer.all_special_ids, spec.special), tokenizer, targets, _aliases(model, targets),
+        spec.trust_remote_code,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, ModesError
 from modes_cli.export import integrity
 from modes_cli.export.safetensors_header import Entry
+from modes_cli.export.thresholds import layer_entries, read_rule
 from modes_cli.requests import Check
 
 INDEX = "model.safetensors.index.json"
@@ -36,9 +37,10 @@ def verify_bundle(folder: Path) -> list[Check]:
     run("nothing else", lambda: _extra(folder, bundle))
     tensors: dict[str, Entry] = {}
     whole = run("weights", lambda: _weights(folder, bundle, tensors))
-    run("thresholds", lambda: _thresholds(folder, bundle))
+    whole = run("thresholds", lambda: _thresholds(folder, bundle)) and whole
     if bundle.format == "onnx":
         if whole:
+            tensors |= layer_entries(folder)
             for name in sorted(file.path for file in bundle.files if file.path.endswith(".onnx")):
                 run(name, lambda name=name: _graph(folder / name, tensors))  # type: ignore[misc]
         run("kernels", lambda: _kernels(folder, bundle))
@@ -92,8 +94,9 @@ def _weights(folder: Path, bundle: Bundle, tensors: dict[str, Entry]) -> str:
 
 
 def _thresholds(folder: Path, bundle: Bundle) -> str:
-    scale, _ = integrity.read_thresholds(folder, bundle)
-    return f"{len(scale)} layers, tau {json.dumps(bundle.tau)}"
+    rule = read_rule(folder, bundle)
+    formula = f", {type(rule.contribution).__name__} in the place of pi" if rule.contribution is not None else ""
+    return f"{len(rule.score_scale)} layers, tau {json.dumps(bundle.tau)}{formula}"
 
 
 def _graph(path: Path, tensors: dict[str, Entry]) -> str:

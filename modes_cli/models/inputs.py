@@ -28,6 +28,11 @@ class Batch:
     inputs: dict[str, Tensor]
     answer: Tensor
 
+    @property
+    def decoding(self) -> Tensor:
+        """[B, S] bool: tokens from the one that predicts the answer's first on; the group `decode`, as far as they are text."""
+        return self.answer.int().cumsum(1) > 0
+
     def to(self, device: torch.device) -> "Batch":
         return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.answer.to(device))
 

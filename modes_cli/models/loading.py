@@ -147,9 +147,8 @@ def load(spec: ModelSpec) -> Loaded:
     blocks = find_moe_blocks(model)
     processor = _processor(spec, folder)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return Loaded(
-        model, processor, info, config.model_type, blocks, token_groups(config, tokenizer.all_special_ids), folder, device
-    )
+    groups = token_groups(config, tokenizer.all_special_ids, spec.special)
+    return Loaded(model, processor, info, config.model_type, blocks, groups, folder, device)
 
 
 def _with_weights(

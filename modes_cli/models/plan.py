@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from modes_cli.errors import BadModel
+from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.loading import DTYPES, describe
 from modes_cli.models.structure import Structure, read_structure
 from modes_cli.requests import ModelSpec
 
-COLUMNS = 3  # what is measured without each layer's experts: all tokens, text, vision
-SEARCH_PASSES = 12  # the default of `modes search --passes`
+COLUMNS = 5  # what loses each layer's experts, one after the other: all tokens, text, vision, prompt text, decode
 # Of one sample, where the data is not looked at: an image of a megapixel with its question, and a short answer.
 TOKENS, ANSWER_TOKENS = 1000, 3
 GPUS = (2, 4, 8)
@@ -111,7 +111,7 @@ def make_plan(spec: ModelSpec, samples: int, batch_size: int) -> Plan:
         samples=samples,
         batch_size=batch_size,
         batches=batches,
-        forward_equivalents=sum(runs) / layers,
+        forward_equivalents=(sum(runs) + _looked_at(structure.blocks)) / layers,
         naive_forwards=1 + COLUMNS * len(moe),
         layer_runs=runs,
         offload_read=batches * sum(count * size for count, size in zip(runs, read, strict=True)),
@@ -119,6 +119,12 @@ def make_plan(spec: ModelSpec, samples: int, batch_size: int) -> Plan:
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         gpus=tuple(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())),
     )
+
+
+def _looked_at(blocks: list[MoEBlock]) -> int:
+    """Layers whose experts' outputs are computed once more for their norms; calibrate counts each as a whole layer."""
+    alike = len({block.num_experts for block in blocks}) == 1
+    return len(blocks) if alike and not any(block.scales_input or block.further for block in blocks) else 0
 
 
 def _require_complete(spec: ModelSpec, structure: Structure) -> None:

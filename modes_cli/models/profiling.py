@@ -34,6 +34,7 @@ def profile_model(request: ProfileRequest) -> Outcome[Profile]:
     options: dict[str, str | int | float | bool | None] = {
         "batch_size": request.batch_size,
         "text_only": request.model.text_only,
+        "special": request.model.special,
     }
     expected = identity(request.model, source, options)
     if not request.fresh:
@@ -94,7 +95,8 @@ class _Observer:
     def see(self, batch: Batch) -> None:
         self._group = self.loaded.tokens.of(batch.inputs["input_ids"]).long().reshape(-1)
         self._real = batch.inputs["attention_mask"].bool().reshape(-1)
-        with self.engine.using(watch=self._routing):
+        nowhere = torch.zeros_like(batch.answer)  # questions and answers are one text here
+        with self.engine.using(watch=self._routing), self.engine.answers_at(nowhere):
             model: Any = self.loaded.model
             model(**batch.inputs, use_cache=False, logits_to_keep=1)
 
@@ -154,7 +156,8 @@ class _Observer:
         )
 
     def tokens(self) -> dict[str, int]:
-        return {name: int(self.count[0, g]) for g, name in enumerate(GROUPS)}
+        found = {name: int(self.count[0, g]) for g, name in enumerate(GROUPS)}
+        return {name: count for name, count in found.items() if count or name not in ("decode", "audio")}
 
 
 def _entropy(counts: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The HTML report. It reads artifacts only: no torch, no model."""
+"""The HTML report, and what the terminal shows of it. It reads artifacts only, and runs no model."""
 
 from modes_cli.report.page import write_report
 

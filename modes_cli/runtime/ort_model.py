@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from modes_cli.errors import BadData, BadOption
 from modes_cli.export.integrity import check_for_loading
-from modes_cli.models.groups import TokenGroups
+from modes_cli.models.groups import bundled_groups, last_real, with_decode
 from modes_cli.models.processor import load_processor
 from modes_cli.runtime.answers import Answers
 from modes_cli.runtime.positions import Ints, mrope_positions, text_positions
@@ -66,7 +66,7 @@ class OrtModel:
             open_graph(folder, self.bundle, name, providers, threads) for name in (DECODER, EMBEDDING, VISION)
         )
         self.processor = load_processor(folder)
-        self.tokens = TokenGroups(tuple(self.bundle.vision_token_ids), tuple(self.bundle.special_token_ids))
+        self.tokens = bundled_groups(self.bundle)
         self.merge = int(getattr(self.processor.image_processor, "merge_size", 1))
         self._no_features = np.zeros((0, self.embedding.get_outputs()[0].shape[2]), np.float32)
         self._outputs = [output.name for output in self.decoder.get_outputs()]
@@ -276,7 +276,8 @@ class OrtModel:
         return mrope_positions(prompts.input_ids, prompts.attention_mask, prompts.grids, ids, self.merge)
 
     def _count(self, counts: PairCounts, phase: int, ids: Ints, mask: Ints, kept: Ints) -> None:
-        group = self.tokens.of(torch.from_numpy(np.ascontiguousarray(ids)))[torch.from_numpy(np.ascontiguousarray(mask)) != 0]
+        real = torch.from_numpy(np.ascontiguousarray(mask)) != 0
+        group = with_decode(self.tokens.of(torch.from_numpy(np.ascontiguousarray(ids))), last_real(real))[real]
         total = torch.bincount(group.long(), minlength=kept.shape[1]) * self.bundle.top_k
         counts.total[phase] += total
         counts.kept[phase] += torch.from_numpy(kept)

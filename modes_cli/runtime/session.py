@@ -7,7 +7,7 @@ import onnxruntime as ort
 
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, BadOption, KernelError
-from modes_cli.export.integrity import check_for_loading, weight_headers
+from modes_cli.export.integrity import check_for_loading, graph_weights
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.runtime import libraries
 from modes_cli.runtime.providers import CPU, operator_library, require_available, require_taken
@@ -43,7 +43,7 @@ def open_graph(
         raise BadOption(f"`{folder}` has no graphs", hint="export it with `--format onnx`, or use `--runtime torch`")
     asked = list(providers or [CPU])
     require_available(asked)
-    check_graph(folder / name, weight_headers(folder, bundle))
+    check_graph(folder / name, graph_weights(folder, bundle))
     library = operator_library(folder, bundle, asked)
     options = ort.SessionOptions()
     options.log_severity_level = _QUIET

@@ -8,24 +8,23 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.data.sample import Sample
-from modes_cli.errors import BadArtifact, BadOption
-from modes_cli.models.groups import GROUPS
+from modes_cli.errors import BadOption
+from modes_cli.models.groups import GROUPS, TokenGroups, bundled_groups
 from modes_cli.models.inputs import end_ids, prompt_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.models.loading import load as load_checkpoint
 from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
 from modes_cli.runtime.answers import Answers
-from modes_cli.search.calibrated import require_current
+from modes_cli.search.calibrated import option, require_current
 from modes_cli.search.selection import found_in, select
 from modes_cli.skipping.engine import SkipEngine
-from modes_cli.skipping.policy import Rule, tau_vector
+from modes_cli.skipping.measured import Measured
+from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import from_result
 from modes_cli.skipping.statistics import PHASES, PairCounts
 
@@ -96,7 +95,8 @@ class TorchRuntime:
         """Answer samples greedily, as one batch, skipping by `rule` (None: the unmodified model)."""
         batch = prompt_batch(self.loaded, samples)
         clock = _Clock()
-        self.engine.pad_id = self.loaded.tokenizer.pad_token_id
+        ended_ids = tuple(end for end in (*end_ids(self.loaded), self.loaded.tokenizer.pad_token_id) if end is not None)
+        self.engine.ended = ended_ids
         with self.engine.using(rule=rule) as counts, torch.no_grad():
             started = time.perf_counter()
             model: Any = self.loaded.model
@@ -106,8 +106,7 @@ class TorchRuntime:
             ended = time.perf_counter()
             kept = PairCounts(counts.layers)
             kept.kept, kept.total = counts.kept.clone(), counts.total.clone()
-        end = {*end_ids(self.loaded), self.loaded.tokenizer.pad_token_id}
-        tokens = [_until(row, end) for row in out[:, batch.inputs["input_ids"].shape[1] :].tolist()]
+        tokens = [_until(row, set(ended_ids)) for row in out[:, batch.inputs["input_ids"].shape[1] :].tolist()]
         texts = self.loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return Answers(texts, tokens, kept, clock.first - started, ended - clock.first)
 
@@ -136,11 +135,13 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _until(tokens: list[int], end: set[int | None]) -> list[int]:
+def _until(tokens: list[int], end: set[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in end), len(tokens))]
 
 
-def open_model(spec: ModelSpec, run: str | Path | None, target: float | None = None) -> TorchRuntime:
+def open_model(
+    spec: ModelSpec, run: str | Path | None, target: float | None = None, decode_target: float | None = None
+) -> TorchRuntime:
     """Load a model with the rule of its run folder, or a bundle with its own.
 
     Raises:
@@ -152,28 +153,23 @@ def open_model(spec: ModelSpec, run: str | Path | None, target: float | None = N
         return _open_bundle(spec, folder)
     where = RunFolder(run)
     thresholds, calibration = found_in(where)
-    spec = replace(spec, dtype=calibration.model.dtype if spec.dtype == "auto" else spec.dtype)
+    dtype = calibration.model.dtype if spec.dtype == "auto" else spec.dtype
+    spec = replace(spec, dtype=dtype, special=option(calibration, "special", str))
     require_current(where, calibration, spec)
-    rule = from_result(select(thresholds, target), calibration)
+    rule = from_result(select(thresholds, target, decode_target), Measured(calibration, where))
     return _runtime(spec, rule)
 
 
 def _open_bundle(spec: ModelSpec, folder: Path) -> TorchRuntime:
     from modes_cli.export.integrity import check_for_loading
+    from modes_cli.export.thresholds import read_rule
 
     bundle = check_for_loading(folder)
-    path = folder / "thresholds.safetensors"
-    try:
-        tensors = load_file(path)
-        scale = tensors["score_scale"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise BadArtifact(str(path), "content", str(error)) from error
-    if tuple(scale.shape) != (len(bundle.moe_layers), len(GROUPS)) or not bool(torch.isfinite(scale).all()):
-        raise BadArtifact(str(path), "tensor `score_scale`", f"has shape {tuple(scale.shape)}, or values that are not finite")
     dtype = bundle.model.dtype if spec.dtype == "auto" else spec.dtype
-    return _runtime(replace(spec, dtype=dtype), Rule(scale.float(), tau_vector(bundle.tau)))
+    return _runtime(replace(spec, dtype=dtype), read_rule(folder, bundle), bundled_groups(bundle))
 
 
-def _runtime(spec: ModelSpec, rule: Rule) -> TorchRuntime:
+def _runtime(spec: ModelSpec, rule: Rule, tokens: TokenGroups | None = None) -> TorchRuntime:
     loaded = load_checkpoint(spec)
+    loaded = loaded if tokens is None else replace(loaded, tokens=tokens)
     return TorchRuntime(loaded, SkipEngine(loaded.model, loaded.blocks, loaded.tokens), rule)

@@ -1,96 +1,109 @@
-"""Which policy: the one that was named, or with `auto` the candidate that measures best.
+"""Which of several candidates: successive halving over samples, places of the edge and candidates.
 
-Candidates are alpha ** power * pi for a few powers, alpha per layer or per layer and modality; power 1 is the paper's
-rule. Each is tried at one place of its own frontier; the best goes on to the full search from there. `auto` ends with the
-paper's rule whenever that measures best. Trials take half of the passes at most; where that is too few for all, the paper's
-rule is taken.
+Every candidate is tried at one place of its edge on a part of the samples; the best go on to more places on all of them, the
+best of those to a whole search, and the paper's rule with them. KL decides that was measured on every other sample; on the
+other half it is only reported. So the answer is never worse than the paper's rule on the samples that decide.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from modes_cli.artifacts import Calibration
-from modes_cli.models.groups import SKIPPABLE
+from modes_cli.search.candidates import PAPER
+from modes_cli.search.edge import Edge
 from modes_cli.search.objective import Objective, Point
-from modes_cli.search.staircase import Staircase
-from modes_cli.search.strategies import TOLERANCE, Problem, edge_point
-from modes_cli.skipping.policy import Policy, Rule
-from modes_cli.skipping.registry import policy
+from modes_cli.search.problem import TOLERANCE, Candidate, Problem, Target
 
-AUTO = "auto"
-_TRIED: tuple[tuple[str, dict[str, float]], ...] = (
-    ("modes", {}),
-    ("tempered", {"power": 0.5, "per_modality": 0.0}),
-    ("tempered", {"power": 0.25, "per_modality": 0.0}),
-    ("tempered", {"power": 0.25, "per_modality": 1.0}),
-    ("tempered", {"power": 0.125, "per_modality": 1.0}),
-    ("dmt", {}),
-)
-TRIAL_SHARE = 1.0  # of the calibration set; on a part of it, the best candidate often was another
-TRIAL_POSITIONS = ((0.3,),)
-AROUND = {0.3: (0.3, 0.15, 0.45)}
+Strategy = Callable[[Problem, int, int], None]
+
+LEAST_SAMPLES = 96  # of the first round; on fewer, the best candidate often was another
+LEAST_SHARE = 0.25
+SURVIVORS, FINALISTS = 4, 2
+FIRST, MORE = 0.3, (0.1, 0.6)  # places of the edge
+WHOLE = 5  # fewest passes that a whole search is worth
 
 
 @dataclass(frozen=True)
-class Candidate:
-    policy: Policy
-    rule: Rule
-    staircase: Staircase
+class Choice:
+    """The winner with its best point (None: nothing reaches the target), all points of whole passes, and every candidate's
+    best point, the winner first.
+    """
+
+    winner: Candidate
+    best: Point | None
+    measured: list[Point]
+    tried: list[tuple[Candidate, Point]]
 
 
-def candidates(name: str, strategy: str, calibration: Calibration, counts: Tensor) -> list[Candidate]:
-    """The policies to try. The paper's own strategies with `auto` take the paper's own policy."""
-    if name != AUTO:
-        policies = [policy(name)]
-    elif strategy == "frontier":
-        policies = [policy(tried, **parameters) for tried, parameters in _TRIED]
-    else:
-        policies = [policy("modes")]
-    nothing = dict.fromkeys(SKIPPABLE, 0.0)
-    rules = [(p, p.rule(calibration, nothing)) for p in policies]
-    return [Candidate(p, rule, Staircase(counts, rule.score_scale)) for p, rule in rules]
+@dataclass
+class _Trial:
+    candidate: Candidate
+    problem: Problem
+    edge: Edge
+
+    def best(self) -> Point | None:
+        """On the target or close to it; one that skips too little looks better than it is."""
+        target, points = self.problem.target.ratio, [*self.edge.points.values(), *self.problem.measured]
+        close = [point for point in points if target - TOLERANCE / 2 <= point.skip_ratio <= target + 2 * TOLERANCE]
+        return min(close, key=lambda point: (point.kl_selection, point.kl), default=None)
+
+    def rank(self) -> tuple[bool, float, float]:
+        best = self.best()
+        return (True, math.inf, math.inf) if best is None else (False, best.kl_selection, best.kl)
 
 
 def choose(
-    options: list[Candidate],
-    objective: Objective,
-    target: float,
-    strategy: Callable[[Problem, int, int], None],
-    grid: int,
-    passes: int,
-) -> tuple[Candidate, Point | None, list[Point]]:
-    """The winning candidate, its best point, and every point that was measured on the whole set."""
-    spent = objective.passes
-    winner, near = _winner(options, objective, target, passes)
-    problem = Problem(winner.rule, winner.staircase, target, winner.policy.one_threshold, objective)
-    if near in AROUND:  # the trial has shown on which side of the edge the minimum lies
-        problem.start = AROUND[near]
-    strategy(problem, grid, passes - math.ceil(objective.passes - spent))
-    return winner, problem.best(), problem.measured
+    options: list[Candidate], objective: Objective, target: Target, strategy: Strategy, grid: int, passes: int
+) -> Choice:
+    """Search with at most `passes` passes over the calibration set."""
+    trials = [_Trial(option, problem, Edge(problem)) for option in options for problem in [Problem(option, target, objective)]]
+    budget = objective.passes + passes
+    finalists = trials if len(trials) == 1 else _finalists(trials, objective, passes)
+    for left, trial in zip(range(len(finalists), 0, -1), finalists, strict=True):
+        if trial.edge.points:
+            trial.problem.start = _around(trial.edge)
+        strategy(trial.problem, grid, math.floor((budget - objective.passes) / left))
+    ended = [(trial, best) for trial in finalists if (best := trial.problem.best()) is not None]
+    if not ended:
+        return Choice(finalists[0].candidate, None, [point for trial in trials for point in trial.problem.measured], [])
+    winner, best = min(ended, key=lambda one: (not target.close_to(one[1]), one[1].kl_selection, one[1].kl))
+    others = [(trial, trial.best()) for trial in trials if trial is not winner]
+    tried = [(trial.candidate, point) for trial, point in others if point is not None]
+    tried.sort(key=lambda one: (one[1].kl_selection, one[1].kl))
+    return Choice(winner.candidate, best, winner.problem.measured, [(winner.candidate, best), *tried])
 
 
-def _winner(options: list[Candidate], objective: Objective, target: float, passes: int) -> tuple[Candidate, float | None]:
-    """The best candidate, and the place of its edge that was best; None if nothing was tried."""
-    each = objective.part(TRIAL_SHARE)
-    affordable = [positions for positions in TRIAL_POSITIONS if each * len(positions) * len(options) <= passes / 2]
-    if len(options) == 1 or not affordable:
-        return options[0], None
-    trials = [(_trial(option, objective, target, affordable[0]), option) for option in options]
-    (_, _, near), winner = min(trials, key=lambda trial: trial[0])
-    return winner, near
+def _finalists(trials: list[_Trial], objective: Objective, passes: int) -> list[_Trial]:
+    """Those that a whole search is spent on. Half of the passes go into finding them, at most."""
+    paper = [trial for trial in trials if trial.candidate.policy.name == PAPER]
+    share = min(1.0, max(LEAST_SHARE, LEAST_SAMPLES / objective.samples))
+    affordable = math.floor(0.3 * passes / objective.part(share))
+    if affordable < 2:
+        return trials[:1]
+    first = trials[:affordable]
+    for trial in first:
+        trial.edge.measure(0.5 if trial.problem.one_threshold else FIRST, share=share)
+    best = sorted(first, key=_Trial.rank)
+    survivors = best[: max(FINALISTS, min(SURVIVORS, math.floor(0.2 * passes / len(MORE))))]
+    if 0.2 * passes >= len(MORE) * len(survivors):
+        for trial in survivors:
+            for place in () if trial.problem.one_threshold else MORE:
+                trial.edge.measure(place)
+    final = sorted(survivors, key=_Trial.rank)[:FINALISTS]
+    if paper and not any(trial in paper for trial in final):
+        final.append(min(paper, key=_Trial.rank))
+    most = max(1, math.floor(0.5 * passes / WHOLE))
+    return final if len(final) <= most else _fewer(final, paper, most)
 
 
-def _trial(
-    candidate: Candidate, objective: Objective, target: float, positions: tuple[float, ...]
-) -> tuple[bool, float, float]:
-    """Whether it misses the target, the least damage, and where on the edge.
+def _fewer(final: list[_Trial], paper: list[_Trial], most: int) -> list[_Trial]:
+    """So few that each gets a search worth the name; with one only, the best one that the trials showed."""
+    if most == 1 or not paper:
+        return final[:most]
+    return [*[trial for trial in final if trial not in paper][: most - 1], next(trial for trial in final if trial in paper)]
 
-    One that skips too little looks better than it is; one with a layer whose scores are all but 0 skips far too much at once.
-    """
-    problem = Problem(candidate.rule, candidate.staircase, target, candidate.policy.one_threshold, objective)
-    points = [(edge_point(problem, position, TRIAL_SHARE), position) for position in positions]
-    low, high = target - TOLERANCE / 2, target + 2 * TOLERANCE
-    return min((not low <= point.skip_ratio <= high, point.kl, position) for point, position in points)
+
+def _around(edge: Edge) -> tuple[float, ...]:
+    """Where a whole search begins: around the place that was best."""
+    near = next(edge.by_damage())
+    return tuple(dict.fromkeys(min(1.0, max(0.0, round(near + step, 6))) for step in (0.0, -0.15, 0.15)))

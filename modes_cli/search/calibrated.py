@@ -43,7 +43,10 @@ def model_spec(
     """The checkpoint that a calibration was made of, to be loaded the same way; where its weights lie makes no difference."""
     model = calibration.model
     text_only = option(calibration, "text_only", bool)
-    return ModelSpec(model.id, model.revision, model.dtype, device, trust_remote_code, text_only, device_map, offload)
+    return ModelSpec(
+        model.id, model.revision, model.dtype, device, trust_remote_code, text_only, device_map, offload,
+        special=option(calibration, "special", str),
+    )  # fmt: skip
 
 
 def option(calibration: Calibration, name: str, kind: type[T]) -> T:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modes_cli.calibration.divergence import kl_sum
+from modes_cli.calibration.divergence import kl_per_token
 from modes_cli.calibration.replay import answer_logits
+from modes_cli.calibration.scores import ScoreHistogram
 from modes_cli.distributed import ALONE, Ranks
+from modes_cli.models.groups import DECODE
 from modes_cli.models.inputs import Batch
 from modes_cli.models.loading import Loaded
+from modes_cli.search.scoring import Listener, Scores
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.statistics import PairCounts
@@ -18,18 +21,29 @@ from modes_cli.skipping.statistics import PairCounts
 
 @dataclass(frozen=True)
 class Point:
-    """A measured rule. `kl` is mean KL(p_full || p_skipped) at answer tokens, nats; ratios are 0..1."""
+    """A measured rule. KL is the mean of KL(p_full || p_skipped) over answer tokens, nats; ratios are 0..1.
+
+    Attributes:
+        kl: over all samples that were measured; `kl_selection` over every other one, `kl_held_out` over the rest.
+        per_group: skipped share of each group's pairs.
+        per_layer: of each MoE layer: `all`, and each group.
+        share: of the calibration set that was measured.
+    """
 
     rule: Rule
     kl: float
+    kl_selection: float
+    kl_held_out: float
     skip_ratio: float
     per_group: dict[str, float]
-    per_layer: list[float]
-    share: float  # of the calibration set that was measured
+    per_layer: list[dict[str, float]]
+    share: float
 
     @property
-    def tau(self) -> tuple[float, float]:
-        return float(self.rule.tau[0]), float(self.rule.tau[1])
+    def tau(self) -> tuple[float, float, float]:
+        """Of text, vision and decode."""
+        text, vision = self.rule.tau[:2].tolist()
+        return text, vision, float(self.rule.tau[DECODE])
 
 
 class Objective:
@@ -52,16 +66,21 @@ class Objective:
         sizes: Sequence[tuple[int, int]] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._loaded, self._engine, self._batches, self._ranks = loaded, engine, batches, ranks
+        self.loaded, self.engine = loaded, engine
+        self._batches, self._ranks = batches, ranks
         sizes = sizes or [size_of(batch) for batch in batches if batch is not None]
         self._samples, self._answers = [samples for samples, _ in sizes], [answers for _, answers in sizes]
         self._reference = list(torch.split(reference, self._answers))
-        self._seen: dict[tuple[bytes, bytes, int], Point] = {}
+        self._seen: dict[tuple[bytes, bytes, str, int], Point] = {}
         self.passes = 0.0
+
+    @property
+    def samples(self) -> int:
+        return sum(self._samples)
 
     def part(self, share: float) -> float:
         """What measuring a rule on a share of the batches costs: whole batches, at least one."""
-        return sum(self._samples[: self._count(share)]) / sum(self._samples)
+        return sum(self._samples[: self._count(share)]) / self.samples
 
     def _count(self, share: float) -> int:
         return max(1, round(share * len(self._batches)))
@@ -74,36 +93,65 @@ class Objective:
     def measure(self, rule: Rule, share: float = 1.0) -> Point:
         """Measure a rule on the first `share` of the batches. A rule that was measured already costs nothing."""
         count = self._count(share)
-        key = (rule.score_scale.numpy().tobytes(), rule.tau.numpy().tobytes(), count)
+        key = (*rule.key, count)
         if key not in self._seen:
-            damage = torch.zeros(count, dtype=torch.float64)
-            with self._engine.using(rule=rule) as counts:
+            sums = torch.zeros(count, 2, 2, dtype=torch.float64)  # by batch, half of the samples: KL, answer tokens
+            with self.engine.using(rule=rule) as counts:
                 for number, batch in enumerate(self._batches[:count]):
                     if batch is not None:
-                        logits = answer_logits(self._loaded.model, batch.to(self._loaded.device))
-                        damage[number] = kl_sum(self._reference[number], logits)
-                total, counts = self._together(damage, counts)
-                part = self.part(share)
-                self._seen[key] = Point(
-                    rule,
-                    total / sum(self._answers[:count]),
-                    counts.skip_ratio(),
-                    counts.per_group(),
-                    counts.per_layer(),
-                    part,
-                )
-            self.passes += part
+                        sums[number] = self._damage(number, batch)
+                self._seen[key] = self._point(rule, sums, counts, self.part(share))
+            self.passes += self.part(share)
         return self._seen[key]
 
-    def _together(self, damage: Tensor, counts: PairCounts) -> tuple[float, PairCounts]:
-        """Damage of all batches, added in their order, and everybody's counts."""
-        found = self._ranks.share({"damage": damage, "kept": counts.kept, "total": counts.total})
+    def _damage(self, number: int, batch: Batch) -> Tensor:
+        """(halves, 2): sum of KL and number of answer tokens, of every other sample and of the rest."""
+        placed = batch.to(self.loaded.device)
+        with self.engine.answers_at(placed.decoding):
+            kl = kl_per_token(self._reference[number], answer_logits(self.loaded.model, placed)).cpu()
+        half = (batch.answer.nonzero()[:, 0].cpu() + sum(self._samples[:number])) % 2
+        mine = torch.stack([half == 0, half == 1]).double()
+        return torch.stack([mine @ kl, mine.sum(1)], 1)
+
+    def _point(self, rule: Rule, sums: Tensor, counts: PairCounts, share: float) -> Point:
+        """Of all batches, added in their order, with everybody's counts."""
+        found = self._ranks.share({"sums": sums, "kept": counts.kept, "total": counts.total})
         everyone = PairCounts(counts.layers)
         for one in found:
             everyone.kept += one["kept"]
             everyone.total += one["total"]
-        # Of each batch, all but one process have 0.
-        return sum(torch.stack([one["damage"] for one in found]).sum(0).tolist(), 0.0), everyone
+        together = torch.stack([one["sums"] for one in found]).sum(0)  # of each batch, all but one process have 0
+        halves = [_added(together[:, half]) for half in (0, 1)]
+        whole = sum(damage for damage, _ in halves) / sum(tokens for _, tokens in halves)
+        selection, held_out = (damage / tokens if tokens else whole for damage, tokens in halves)
+        return Point(
+            rule, max(0.0, whole), max(0.0, selection), max(0.0, held_out),
+            everyone.skip_ratio(), everyone.per_group(), everyone.per_layer(), share,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def listen(self, listener: Listener, rule: Rule, share: float = 1.0) -> None:
+        """Show a listener the routing of a pass with `rule` in force. Costs what measuring would."""
+        with self.engine.using(rule=rule, watch=listener.hear):
+            for batch in self._batches[: self._count(share)]:
+                if batch is not None:
+                    placed = batch.to(self.loaded.device)
+                    with self.engine.answers_at(placed.decoding):
+                        answer_logits(self.loaded.model, placed)
+        listener.take([{**one} for one in self._ranks.share(listener.state())])
+        self.passes += self.part(share)
+
+    def histogram(self, rule: Rule) -> Tensor:
+        """(layers, groups, bins) int64 of what `rule` multiplies its scale with, from one pass that skips nothing."""
+        scores = Scores(rule, ScoreHistogram(len(self.engine.blocks)))
+        self.listen(scores, rule.with_tau({}))
+        return scores.histogram.counts
+
+
+def _added(parts: Tensor) -> tuple[float, float]:
+    """Columns of (batches, 2) added in the order of the batches."""
+    damage, tokens = (sum(column.tolist(), 0.0) for column in parts.unbind(1))
+    return damage, tokens
 
 
 def size_of(batch: Batch) -> tuple[int, int]:

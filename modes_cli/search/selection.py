@@ -24,21 +24,30 @@ def found_in(run: RunFolder) -> tuple[Thresholds, Calibration]:
     return thresholds, calibration
 
 
-def select(thresholds: Thresholds, target: float | None) -> SearchResult:
+def select(thresholds: Thresholds, target: float | None, decode_target: float | None = None) -> SearchResult:
     """The result for a target; without one, the only result or the one with the largest target.
+
+    Where there are several for a target: the one for `decode_target`; without that, the one that was searched without.
 
     Raises:
         BadOption: no result for that target.
         BadArtifact: its policy, parameters or groups do not exist.
     """
     for result in reversed(thresholds.results):  # in rising order
-        if target is None or result.target == target:
-            return _checked(result)
-    known = ", ".join(f"{result.target:g}" for result in thresholds.results)
+        if target in (None, result.target) and (decode_target is None or result.decode_target == decode_target):
+            same = [one for one in thresholds.results if one.target == result.target and decode_target is None]
+            return _checked(next((one for one in same if one.decode_target is None), result))
+    known = ", ".join(_named(result.target, result.decode_target) for result in thresholds.results)
+    largest = thresholds.results[-1].target if target is None else target
+    options = f"--target {largest:g}" + ("" if decode_target is None else f" --decode-target {decode_target:g}")
     raise BadOption(
-        f"no thresholds for target `{target:g}`; there are some for {known}",
-        hint=f"search it first: `modes search --target {target:g}`",
+        f"no thresholds for target `{_named(largest, decode_target)}`; there are some for {known}",
+        hint=f"search it first: `modes search {options}`",
     )
+
+
+def _named(target: float, decode_target: float | None) -> str:
+    return f"{target:g}" if decode_target is None else f"{target:g} (decode {decode_target:g})"
 
 
 def _checked(result: SearchResult) -> SearchResult:

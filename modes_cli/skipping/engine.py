@@ -27,13 +27,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from modes_cli.errors import ModesError
 from modes_cli.models.blocks import MoEBlock
-from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups, last_real, with_decode
 from modes_cli.models.layouts import Computed, replace_forward
-from modes_cli.runtime.devices import asynchronous
+from modes_cli.runtime.devices import asynchronous, refuse_while_capturing
 from modes_cli.skipping import pairs
+from modes_cli.skipping.attention import AttentionReceived
 from modes_cli.skipping.operator import Base, BlockOperator, Implementation
-from modes_cli.skipping.placed import Placed, cannot_capture
-from modes_cli.skipping.policy import Rule
+from modes_cli.skipping.placed import Placed, cannot_capture, placeable
+from modes_cli.skipping.policy import Pairs, Rule
 from modes_cli.skipping.statistics import PairCounts
 
 IMPLEMENTATION = "modes"
@@ -41,20 +42,47 @@ IMPLEMENTATION = "modes"
 
 @dataclass(frozen=True)
 class Drop:
-    """Which routed experts contribute nothing, for measuring importance: a layer's, for all tokens or for one group."""
+    """Which routed experts contribute nothing, for measuring importance: a layer's, for all tokens or for some groups."""
 
     layer: int  # among the MoE layers
-    group: int | None = None
+    groups: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One layer's routing in one forward, of real tokens only. `update_angle` is left to whoever asks for hidden states."""
+    """One layer's routing in one forward, of real tokens only.
+
+    Attributes:
+        pi: (tokens, k) float32.
+        experts: (tokens, k).
+        group: (tokens,) int32.
+        hidden: (tokens, H), what the experts are given.
+        compute: (rows [n, H], experts [n, 1], weights [n, 1]) -> [n, H], the block's own implementation.
+        block: whose layer it is.
+        score: (tokens, k) float32, what the rule in force compares with its threshold; None without one.
+        keep: (tokens, k) bool, what that rule keeps.
+    """
 
     layer: int
-    pi: Tensor  # (tokens, k) float32
-    experts: Tensor  # (tokens, k)
-    group: Tensor  # (tokens,)
+    pi: Tensor
+    experts: Tensor
+    group: Tensor
+    hidden: Tensor
+    compute: Base
+    block: MoEBlock
+    score: Tensor | None = None
+    keep: Tensor | None = None
+
+    @classmethod
+    def real(
+        cls, pairs: Pairs, real: Tensor, compute: Base, block: MoEBlock, score: Tensor | None, keep: Tensor | None
+    ) -> "Routing":
+        """Without padding; `real` is (tokens,) bool."""
+        assert pairs.experts is not None
+        assert pairs.hidden is not None
+        chosen, kept = (None if whole is None else whole[real] for whole in (score, keep))
+        pi, experts, group, hidden = (part[real] for part in (pairs.pi, pairs.experts, pairs.group, pairs.hidden))
+        return cls(pairs.layer, pi, experts, group, hidden, compute, block, chosen, kept)
 
 
 class SkipEngine:
@@ -66,7 +94,9 @@ class SkipEngine:
             others, so that what a drop changes is not mixed with the last bits of another implementation.
         watch: called with each layer's routing.
         counts: kept and total pairs since `counts.reset()`; only filled while a rule is set.
-        pad_id: what `generate` feeds for rows of a batch that have ended; such rows are padding, not tokens.
+        decoding: (B, S) bool, the tokens of the coming forwards that predict an answer; None: the last real one of each row,
+            as it is when a model generates.
+        ended: token ids that `generate` feeds for rows of a batch that have ended; such rows are padding, not tokens.
         use_operator: False leaves all computing to transformers; `implementations` says what computes each block.
     """
 
@@ -76,12 +106,14 @@ class SkipEngine:
         self.drop: Drop | None = None
         self.watch: Callable[[Routing], None] | None = None
         self.counts = PairCounts(len(blocks))
-        self.pad_id: int | None = None
+        self.decoding: Tensor | None = None
+        self.ended: tuple[int, ...] = ()
         self.use_operator = True
         self._group: Tensor | None = None  # (B * S,) of the running forward
         self._real: Tensor | None = None  # (B * S,) bool: not padding
         self._phase = 0
         self._forward = 0  # number of the running forward
+        self._attention: AttentionReceived | None = None  # once a rule has asked for it
         self._placed: dict[torch.device, Placed] = {}
         self._rows: Mapping[str, Tensor] = {}  # by the name of a set of experts, in the running MoE module
         self._sets = {part.name: part for block in blocks for part in block.sets}
@@ -104,6 +136,7 @@ class SkipEngine:
                 raise ModesError(f"`{block.name}` is already being skipped by another engine", hint="remove that one first")
         hook = self.model.register_forward_pre_hook(self._read_tokens, with_kwargs=True)
         self._undo += [hook.remove, self.model.register_forward_hook(self._count).remove]
+        self._undo.append(self.model.register_forward_hook(self._attended, always_call=True).remove)
         for block in self.blocks:
             for part in block.sets:
                 self._install_set(part)
@@ -139,6 +172,9 @@ class SkipEngine:
         """Give the model back as it was."""
         while self._undo:
             self._undo.pop()()
+        if self._attention is not None:
+            self._attention.remove()
+            self._attention = None
         for block in self._sets.values():
             for name in ("_modes_engine", "_modes_block", "_modes_base"):
                 block.experts.__dict__.pop(name, None)
@@ -150,18 +186,22 @@ class SkipEngine:
         if ids is None:
             ids = self._ids_of_embeddings(kwargs.get("inputs_embeds"))
         groups_of = self._place(ids.device).groups_of if asynchronous(ids.device) else self.tokens.of
-        self._group = groups_of(ids).reshape(-1)
         self._forward += 1
         self._rows = {}
         mask = kwargs.get("attention_mask")
         length = ids.shape[1]
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            self._real = mask[:, -length:].bool().reshape(-1)
+            real = mask[:, -length:].bool()
         else:
-            self._real = torch.ones_like(self._group, dtype=torch.bool)
+            real = torch.ones_like(ids, dtype=torch.bool)
         self._phase = int(length == 1)
-        if self._phase and self.pad_id is not None:
-            self._real = self._real & (ids.reshape(-1) != self.pad_id)
+        for ended in self.ended if self._phase else ():
+            real = real & (ids != ended)
+        decoding = last_real(real) if self.decoding is None else self.decoding
+        self._group, self._real = with_decode(groups_of(ids), decoding).reshape(-1), real.reshape(-1)
+        if self._asks_for_attention:
+            self._attention = self._attention or AttentionReceived(self.model, self.blocks)
+            self._attention.begin(real)
 
     def _ids_of_embeddings(self, embeddings: Tensor | None) -> Tensor:
         """Ids for a forward that was given embeddings only: placeholder rows are recognised, every other row is text."""
@@ -170,7 +210,10 @@ class SkipEngine:
         if asynchronous(embeddings.device):
             known = self._place(embeddings.device).known_ids
         else:
-            known = torch.tensor((*self.tokens.vision_ids, *self.tokens.special_ids), device=embeddings.device)
+            ids = (*self.tokens.vision_ids, *self.tokens.special_ids, *self.tokens.audio_ids)
+            known = torch.tensor(ids, dtype=torch.int64, device=embeddings.device)
+        if not known.numel():
+            return torch.full(embeddings.shape[:2], -1, device=embeddings.device)
         table = self.model.get_input_embeddings()(known).to(embeddings)
         hits = (embeddings[:, :, None] == table).all(-1)
         return torch.where(hits.any(-1), known[hits.int().argmax(-1)], -1)
@@ -179,6 +222,14 @@ class SkipEngine:
         if device not in self._placed:
             self._placed[device] = Placed(device, len(self.blocks), self.tokens)
         return self._placed[device]
+
+    @property
+    def _asks_for_attention(self) -> bool:
+        return self.rule is not None and self.rule.contribution is not None and self.rule.contribution.needs_attention
+
+    def _attended(self, *_: object) -> None:
+        if self._attention is not None:
+            self._attention.end()
 
     def _count(self, *_: object) -> None:
         for placed in self._placed.values():
@@ -189,21 +240,29 @@ class SkipEngine:
         if self.rule is None and self.drop is None and self.watch is None:
             return base(hidden, index, weights)
         group, real = self._tokens_of(block, hidden)
-        if self.watch is not None:
-            self.watch(Routing(block.index, pairs.score(block, weights)[real], index[real], group[real]))
         drops = self.drop is not None and self.drop.layer == block.index
-        if self.rule is not None and not drops and block.layout is None and asynchronous(hidden.device):
+        free = self.watch is None and not drops and block.layout is None and asynchronous(hidden.device)
+        if free and self.rule is not None and placeable(self.rule):
             routed = _routed_outside_the_graph if torch.compiler.is_compiling() else SkipEngine._routed
             out = routed(self, self.rule, (group, real), block, base, hidden, index, weights)
             if out is not None:
                 return out
-        keep = None
+        if self.rule is not None and not placeable(self.rule):
+            what = f"`{block.name}` is skipped by a rule that is not decided on the device"
+            refuse_while_capturing(hidden.device, what, "take a policy that does not look at attention weights")
+        keep = score = None
+        standing = None
+        if self._asks_for_attention and self._attention is not None:
+            standing = self._attention.standing(block, hidden, self._rows.get(block.name))
+        seen = Pairs(block.index, pairs.score(block, weights), group, index, hidden, standing)
         if self.rule is not None:
-            keep = self.rule.keep(pairs.score(block, weights), block.index, group)
+            score = self.rule.score(seen)
+            keep = self.rule.reaches(score, group)
             self.counts.add(self._phase, block.index, group, keep.sum(-1), index.shape[1], real)
+        if self.watch is not None:
+            self.watch(Routing.real(seen, real, base, block, score, keep))
         if self.drop is not None and drops:
-            lost = torch.ones_like(group, dtype=torch.bool) if self.drop.group is None else group == self.drop.group
-            kept_tokens = ~lost[:, None].expand_as(weights)
+            kept_tokens = ~_lost(self.drop, group)[:, None].expand_as(weights)
             keep = kept_tokens if keep is None else keep & kept_tokens
         kept = index.numel() if keep is None else int(keep.sum())
         if keep is None or kept == index.numel():
@@ -249,7 +308,9 @@ class SkipEngine:
         reason = "the operator is switched off"
         if self.use_operator:
             operator = self._operators[block.name]
-            out = operator.routed(hidden, index, weights, placed.group, placed.tau, placed.scale(layer), placed.kept(layer))
+            score = None if rule.contribution is None else partial(_placed_score, placed, block, hidden, index, weights)
+            where = placed.group, placed.tau, placed.scale(layer), placed.kept(layer)
+            out = operator.routed(hidden, index, weights, *where, score)
             if out is not None:
                 placed.ran(layer, top_k, routed=True)
                 return out
@@ -270,14 +331,22 @@ class SkipEngine:
         return (self._group, self._real) if rows is None else (self._group[rows], self._real[rows])
 
     def hand_over(self, rule: Rule, device: torch.device) -> None:
-        """Put a rule's thresholds where forwards on `device` that were captured as CUDA graphs read them."""
-        self._place(device).use(rule)
+        """Put a rule's thresholds where forwards on `device` that were captured as CUDA graphs read them.
+
+        Raises:
+            KernelError: the rule is of another kind than the last one on that device, whose forwards compute something else.
+        """
+        self._place(device).replace(rule)
 
     # -- for a while --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def using(
-        self, *, rule: Rule | None = None, drop: Drop | None = None, watch: Callable[[Routing], None] | None = None
+        self,
+        *,
+        rule: Rule | None = None,
+        drop: Drop | None = None,
+        watch: Callable[[Routing], None] | None = None,
     ) -> Iterator[PairCounts]:
         """Rule, drop and watcher for the length of a block, with fresh counts."""
         before = self.rule, self.drop, self.watch
@@ -288,9 +357,30 @@ class SkipEngine:
         finally:
             self.rule, self.drop, self.watch = before
 
+    @contextmanager
+    def answers_at(self, decoding: Tensor | None) -> Iterator[None]:
+        """For forwards that hold answers as well as prompts: which tokens, (B, S) bool, count as `decode`."""
+        before, self.decoding = self.decoding, decoding
+        try:
+            yield
+        finally:
+            self.decoding = before
+
 
 # The operator's checks look at objects and addresses, which a traced graph does not have.
 _routed_outside_the_graph: Callable[..., Tensor | None] = torch.compiler.disable(SkipEngine._routed)  # type: ignore[no-untyped-call]
+
+
+def _placed_score(placed: Placed, block: MoEBlock, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """(tokens, k) float32: what the rule in use compares with its thresholds, computed on the device."""
+    return placed.score(Pairs(block.index, pairs.score(block, weights), placed.group, index, hidden))
+
+
+def _lost(drop: Drop, group: Tensor) -> Tensor:
+    """(tokens,) bool: whose routed experts contribute nothing."""
+    if drop.groups is None:
+        return torch.ones_like(group, dtype=torch.bool)
+    return torch.stack([group == lost for lost in drop.groups]).any(0)
 
 
 def _interface_base(experts: Any) -> Base:

@@ -78,14 +78,27 @@ class BlockOperator:
         return None if experts is None else self._run(experts, hidden, index, weights, keep.float())
 
     def routed(
-        self, hidden: Tensor, index: Tensor, weights: Tensor, group: Tensor, tau: Tensor, scale: Tensor, kept: Tensor
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        group: Tensor,
+        tau: Tensor,
+        scale: Tensor,
+        kept: Tensor,
+        score: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
-        """The same where the operator decides: the pairs that `score_scale * pi >= tau` keeps, counted in `kept`."""
+        """The same where the operator decides: the pairs that `score_scale * pi >= tau` keeps, counted in `kept`.
+
+        Args:
+            score: gives what stands in the place of `score_scale * pi`, (tokens, k) float32; only called when it is needed.
+        """
         experts = self._ready(hidden, index, weights)
         if experts is None:
             return None
         wide, weights = _alike(hidden, weights)
-        return experts(wide, index, weights, group, tau, scale, kept=kept).to(hidden.dtype)
+        given = None if score is None else score()
+        return experts(wide, index, weights, group, tau, scale, score=given, kept=kept).to(hidden.dtype)
 
     def _ready(self, hidden: Tensor, index: Tensor, weights: Tensor) -> kernels.Experts | None:
         """The experts, if the operator may compute this call. `implementation` says why not."""

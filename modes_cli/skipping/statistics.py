@@ -84,9 +84,13 @@ class PairCounts:
         kept, total = self.kept.sum((0, 1)), self.total.sum((0, 1))
         return {name: _ratio(kept[i], total[i]) for i, name in enumerate(GROUPS[:-1]) if total[i] > 0}
 
-    def per_layer(self) -> list[float]:
-        kept, total = self.kept.sum((0, 2)), self.total.sum((0, 2))
-        return [_ratio(k, t) for k, t in zip(kept, total, strict=True)]
+    def per_layer(self) -> list[dict[str, float]]:
+        """Of each MoE layer: skipped share of all pairs (`all`), and within each group that can be skipped and has tokens."""
+        kept, total = self.kept.sum(0), self.total.sum(0)
+        return [
+            {"all": _ratio(k.sum(), t.sum())} | {name: _ratio(k[i], t[i]) for i, name in enumerate(GROUPS[:-1]) if t[i] > 0}
+            for k, t in zip(kept, total, strict=True)
+        ]
 
 
 def _ratio(kept: Tensor, total: Tensor) -> float:

@@ -100,7 +100,7 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path, constant: str) -> Non
         ("thresholds", lambda t: t["results"].clear(), "results"),
         ("evaluation", lambda t: t.update(full=1.01), "full"),
         ("bundle", lambda t: t["files"].append(t["files"][0]), "listed twice"),
-        ("bundle", lambda t: t["tau"].update(audio=1.0), "audio"),
+        ("bundle", lambda t: t["tau"].update(sound=1.0), "sound"),
         ("bundle", lambda t: t["files"][0].update(path="../../etc/passwd"), "files.0.path"),
         ("bundle", lambda t: t["files"][0].update(path="/etc/passwd"), "files.0.path"),
         ("bundle", lambda t: t["files"][0].update(path="a//b"), "files.0.path"),

@@ -172,10 +172,20 @@ def test_special_tokens_are_never_skipped(bundle: Path) -> None:
     edit(bundle, lambda tree: tree["tau"].update(special=0.5))
     header = header_of(bundle / THRESHOLDS)
     tensors = load_file(bundle / THRESHOLDS)
-    tensors["tau"] = np.array([*tensors["tau"][:2], 0.5], np.float32)
+    tensors["tau"][-1] = 0.5
     save_file(tensors, bundle / THRESHOLDS, header["__metadata__"])
     relist(bundle, THRESHOLDS)
     assert_refused(bundle, "tau", "special")
+
+
+def test_decode_has_the_threshold_of_text_unless_it_is_named(bundle: Path) -> None:
+    edit(bundle, lambda tree: tree["tau"].update(decode=tree["tau"]["text"] / 2))
+    assert_refused(bundle, THRESHOLDS, "`tau`")
+
+
+def test_groups_in_another_order(bundle: Path) -> None:
+    edit(bundle, lambda tree: tree["groups"].reverse())
+    assert_refused(bundle, "bundle.json", "groups")
 
 
 @pytest.mark.parametrize(
@@ -306,7 +316,7 @@ def test_thresholds_that_are_no_numbers(bundle: Path, tensor: str, value: float)
 
 
 @pytest.mark.parametrize(
-    ("tensor", "shape"), [("tau", (2,)), ("score_scale", (3, 2)), ("score_scale", (4, 3)), ("extra", (1,))]
+    ("tensor", "shape"), [("tau", (2,)), ("score_scale", (3, 3)), ("score_scale", (4, 5)), ("extra", (1,))]
 )
 def test_thresholds_of_another_shape(bundle: Path, tensor: str, shape: tuple[int, ...]) -> None:
     tensors = load_file(bundle / THRESHOLDS) | {tensor: np.zeros(shape, np.float32)}

@@ -20,7 +20,7 @@ from modes_cli.calibration.replay import answer_logits
 from modes_cli.calibration.scores import bin_of
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadArtifact, StaleArtifact
-from modes_cli.models.groups import GROUPS
+from modes_cli.models.groups import DECODE, GROUPS, TEXT
 from modes_cli.models.inputs import measuring_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.run_folder import RunFolder
@@ -30,6 +30,8 @@ from tests.skipping import reference
 
 MODULE = importlib.import_module("modes_cli.calibration.calibrate")  # the package has a function of that name
 Runs = dict[str, tuple[Path, Calibration]]
+COUNT = {"tiny": SAMPLES, "digits": 4}  # samples; the built-in model is the larger one
+COLUMNS = ("all", "text", "vision", "prompt", "decode")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def runs(tiny_checkpoint: Path, one_thread: None, tmp_path_factory: pytest.TempP
     made = {}
     for name, model in (("tiny", tiny_checkpoint), ("digits", "digits")):
         run = tmp_path_factory.mktemp(name)
-        outcome = calibrate(calibration_request(model, run))
+        outcome = calibrate(calibration_request(model, run, samples=COUNT[name]))
         assert not outcome.reused
         assert outcome.path == run / "calibration.json"
         made[name] = (run, outcome.artifact)
@@ -71,13 +73,13 @@ def test_the_artifact_describes_the_model_and_the_samples(name: str, runs: Runs,
         loaded.blocks[0].top_k,
     )
     assert (artifact.model, artifact.family, artifact.groups) == (loaded.info, "qwen3_vl_moe", list(GROUPS))
-    assert (artifact.samples, artifact.data.samples, artifact.data.source) == (SAMPLES, SAMPLES, "digits")
+    assert (artifact.samples, artifact.data.samples, artifact.data.source) == (COUNT[name], COUNT[name], "digits")
 
 
 @pytest.mark.parametrize("name", ["tiny", "digits"])
 def test_importance_sums_to_one_and_follows_the_damage(name: str, runs: Runs) -> None:
     layers = list(runs[name][1].importance.values())
-    for column in ("all", "text", "vision"):
+    for column in COLUMNS:
         assert sum(getattr(layer, column) for layer in layers) == pytest.approx(1.0, abs=1e-9)
         total = sum(getattr(layer, f"kl_{column}") for layer in layers)
         for layer in layers:
@@ -120,7 +122,8 @@ def test_tokens_and_scores_are_those_of_the_samples_without_padding(
     expected, tokens = torch.zeros_like(histogram), torch.zeros(len(GROUPS), dtype=torch.int64)
     for sample in small_samples(SAMPLES):
         batch = measuring_batch(tiny, [sample])
-        group = tiny.tokens.of(batch.inputs["input_ids"]).reshape(-1)
+        group = tiny.tokens.of(batch.inputs["input_ids"])
+        group = group.masked_fill((group == TEXT) & batch.decoding, DECODE).reshape(-1)
         tokens += torch.bincount(group, minlength=len(GROUPS))
         with reference.listening(tiny.blocks) as calls:
             answer_logits(tiny.model, batch)
@@ -132,6 +135,29 @@ def test_tokens_and_scores_are_those_of_the_samples_without_padding(
     assert torch.equal(histogram.sum(-1), expected.sum(-1))
     # One sample at a time the last bits differ, so that a few scores fall into the next bin.
     assert int((histogram - expected).abs().sum()) <= 0.01 * int(expected.sum())
+
+
+def test_slot_ratios_are_the_medians_of_the_samples(
+    tiny: Loaded, runs: Runs, small_samples: Callable[..., list[Sample]]
+) -> None:
+    found = load_file(runs["tiny"][0] / TENSORS)["slot_ratio"]
+    pi: dict[int, list[torch.Tensor]] = {}
+    for sample in small_samples(SAMPLES):
+        with reference.listening(tiny.blocks) as calls:
+            answer_logits(tiny.model, measuring_batch(tiny, [sample]))
+        for call in calls:
+            pi.setdefault(call.block.index, []).append(reference.probability(call.weights))
+    for layer, parts in pi.items():
+        ordered = torch.cat(parts).sort(1, descending=True).values
+        torch.testing.assert_close(found[layer], (ordered / ordered[:, :1]).median(0).values, rtol=5e-3, atol=0)
+
+
+def test_prompt_and_decode_are_parts_of_text(runs: Runs) -> None:
+    """What decodes is where KL is read: in the last layer it is all that matters."""
+    *before, last = runs["digits"][1].importance.values()
+    assert last.kl_prompt == 0.0
+    assert last.kl_decode == last.kl_text
+    assert all(layer.kl_prompt > 0 for layer in before)
 
 
 def test_reference_distributions_are_the_unmodified_models(
@@ -151,8 +177,9 @@ def test_replaying_costs_about_half(name: str, runs: Runs, request: pytest.Fixtu
     loaded: Loaded = request.getfixturevalue(name)
     artifact = runs[name][1]
     layers = loaded.model.config.text_config.num_hidden_layers
-    ran = layers + 3 * sum(layers - block.layer for block in loaded.blocks)
-    assert artifact.naive_forwards == 1 + 3 * len(loaded.blocks)
+    ran = layers + len(COLUMNS) * sum(layers - block.layer for block in loaded.blocks)
+    ran += len(loaded.blocks)  # experts alone, for the norms of what they return: counted as whole layers
+    assert artifact.naive_forwards == 1 + len(COLUMNS) * len(loaded.blocks)
     assert artifact.forward_equivalents == pytest.approx(ran / layers)
     if name == "digits":
         assert artifact.forward_equivalents <= 0.6 * artifact.naive_forwards
@@ -168,7 +195,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["tiny", "digits"])
 def test_the_same_bytes_again(name: str, runs: Runs, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    calibrate(calibration_request(tiny_checkpoint if name == "tiny" else "digits", tmp_path))
+    calibrate(calibration_request(tiny_checkpoint if name == "tiny" else "digits", tmp_path, samples=COUNT[name]))
     assert content(tmp_path) == content(runs[name][0])
 
 
@@ -178,7 +205,7 @@ def test_threads_change_at_most_the_last_bits(
 ) -> None:
     """MKL divides a product by the number of threads, so the bytes can differ; with one number of threads they do not."""
     run, one = runs[name]
-    request = calibration_request(tiny_checkpoint if name == "tiny" else "digits", tmp_path)
+    request = calibration_request(tiny_checkpoint if name == "tiny" else "digits", tmp_path, samples=COUNT[name])
     two = calibrate(request).artifact
     before = content(tmp_path)
     calibrate(dataclasses.replace(request, fresh=True))

@@ -61,7 +61,7 @@ def test_text_only_that_is_allowed(command: Commands, tiny_text_moe_checkpoint: 
     exported = command("export", "--format", "safetensors", *run).ok().json
     assert json.loads((Path(exported["bundle"]) / "bundle.json").read_text())["tau"] == found["tau"]
     evaluation = command("evaluate", "--max-new-tokens", 2, *data[:4], *run).ok().json
-    assert evaluation["skip_ratio"].keys() == {"all", "text"}
+    assert evaluation["skip_ratio"].keys() == {"all", "text", "decode"}
 
 
 def test_an_image_model_with_text_only_data(command: Commands, tiny_checkpoint: Path, tmp_path: Path) -> None:

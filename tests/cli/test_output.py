@@ -10,15 +10,30 @@ from typing import Any
 
 import pytest
 
+from modes_cli.requests import PASSES
+
 # As documented for each command; `artifact` and `seconds` belong to all of them.
 KEYS = {
     "profile digits": {"model", "family", "moe_layers", "experts", "top_k", "layers", "tokens"},
     "calibrate digits": {"importance", "samples", "forward_equivalents", "naive_forwards"},
-    "search --target 0.5 --target 0.75": {"results", "model_passes", "grid"},
+    "search --target 0.5 --target 0.75": {"results", "frontier", "model_passes", "grid"},
     "export --format onnx": {"bundle", "files", "peak_rss"},
     "verify BUNDLE": {"ok", "checks"},
     "generate BUNDLE --prompt What?": {"text", "tokens", "skip_ratio", "prefill_seconds", "decode_seconds"},
-    "evaluate": {"full", "skipped", "retained", "skip_ratio", "per_task", "policies", "overlap"},
+    "evaluate": {
+        "target",
+        "decode_target",
+        "full",
+        "skipped",
+        "retained",
+        "interval",
+        "skip_ratio",
+        "per_task",
+        "policies",
+        "comparison",
+        "left_out",
+        "overlap",
+    },
     "bench": {"cases", "machine"},
     "report": {"report"},
     "demo": {"full", "skipped", "retained", "skip_ratio", "speedup", "bundle", "report"},
@@ -26,7 +41,19 @@ KEYS = {
 }
 INNER = {
     "layers": {"layer", "expert_usage_entropy", "update_angle", "seconds"},
-    "results": {"target", "policy", "tau", "skip_ratio", "kl", "predicted_skip_ratio"},
+    "results": {
+        "target",
+        "decode_target",
+        "policy",
+        "parameters",
+        "tau",
+        "skip_ratio",
+        "skip_ratio_per_group",
+        "kl",
+        "kl_held_out",
+        "predicted_skip_ratio",
+        "distinct_experts",
+    },
     "checks": {"name", "ok", "detail"},
     "cases": {"phase", "tokens", "batch", "runtime", "skip_ratio", "seconds", "speedup", "limit_fraction"},
 }
@@ -89,7 +116,7 @@ def test_defaults_of_the_built_in_model(modes: Callable[..., Any], core: Any) ->
         (0.75,),
         "auto",
         "frontier",
-        12,
+        PASSES,
         100,
     )
 

@@ -108,7 +108,7 @@ def test_after_another_calibration(command: Commands, tiny_checkpoint: Path, fol
 
 @pytest.mark.parametrize(
     ("changed", "field"),
-    [(("--policy", "gmlg"), "options.policy `modes`"), (("--passes", 20), "options.passes `12`")],
+    [(("--policy", "gmlg"), "options.policy `modes`"), (("--passes", 20), "options.passes `40`")],
 )
 def test_another_search(command: Commands, folder: Path, changed: tuple[Any, ...], field: str) -> None:
     before = content(folder)

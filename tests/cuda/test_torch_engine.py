@@ -5,15 +5,17 @@ Here CPU tensors are treated as a GPU's (tests/cuda/as_gpu.py); tests/cuda/test_
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from modes_cli.errors import KernelError
-from modes_cli.models.groups import VISION
+from modes_cli.models.groups import DECODE, GROUPS, SPECIAL, VISION
 from modes_cli.runtime import libraries
 from modes_cli.skipping.engine import Drop, SkipEngine
+from modes_cli.skipping.policy import Contribution, Pairs
 from modes_cli.skipping.statistics import PairCounts
 from tests.cuda.as_gpu import Emulated, install, watching, watching_the_engine
 from tests.families import FAMILIES, TOKENS
@@ -21,7 +23,11 @@ from tests.skipping import reference
 from tests.skipping.conftest import Subject, make
 
 NEW = 3
-THRESHOLDS = {"vision-only": (0.0, math.inf), "some-of-each": (0.22, 0.3), "all": (math.inf, math.inf)}
+THRESHOLDS: dict[str, dict[str, float]] = {
+    "vision-only": {"text": 0.0, "vision": math.inf},
+    "some-of-each": {"text": 0.22, "vision": 0.3, "decode": 0.18},
+    "all-but-decode": {"text": math.inf, "vision": math.inf, "decode": 0.0},
+}
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def test_exactly_the_pairs_of_the_rule(
     family: str, thresholds: str, emulated: Emulated, subject: Callable[[str], Subject]
 ) -> None:
     it = subject(family)
-    rule = reference.rule(len(it.blocks), *THRESHOLDS[thresholds], seed=5)
+    rule = reference.rule(len(it.blocks), **THRESHOLDS[thresholds], seed=5)
     with it.engine() as engine:
         calls, ids, counts = generate(it, engine, rule)
         assert {found.name for found in engine.implementations} == {"modes"}
@@ -73,15 +79,17 @@ def test_exactly_the_pairs_of_the_rule(
     for number, call in enumerate(calls):
         step, layer = number // len(it.blocks), call.block.index
         fed = ids[:, :prompt] if step == 0 else ids[:, prompt + step - 1 : prompt + step]
-        group = TOKENS.of(fed).reshape(-1)
+        group = reference.groups(TOKENS, fed, it.inputs["attention_mask"] if step == 0 else None)
         pairs = reference.keep(rule, reference.probability(call.weights), layer, group)
         expected = reference.experts_output(call.block, call.hidden, call.index, call.weights, pairs)
         torch.testing.assert_close(call.output, expected, atol=2e-5, rtol=1e-4)
         assert not call.output[~pairs.any(-1)].any()
         if thresholds == "vision-only":
             assert torch.equal(pairs.all(-1), group != VISION)
+        if thresholds == "all-but-decode":
+            assert torch.equal(pairs.any(-1), (group == DECODE) | (group == SPECIAL))
         counted = real if step == 0 else torch.ones_like(group, dtype=torch.bool)
-        for g in range(3):
+        for g in range(len(GROUPS)):
             kept[int(step > 0), layer, g] += int(pairs[counted & (group == g)].sum())
             total[int(step > 0), layer, g] += call.index.shape[1] * int((counted & (group == g)).sum())
     assert torch.equal(counts.kept, kept)
@@ -207,6 +215,29 @@ def test_skipping_by_transformers_cannot_be_captured(emulated: Emulated, qwen: S
         emulated.recording = False
 
 
+class Doubled(Contribution):
+    """Twice pi, by code that no device has."""
+
+    key = "doubled"
+
+    def __call__(self, pairs: Pairs) -> torch.Tensor:
+        return 2 * pairs.pi
+
+
+def test_a_rule_that_is_not_decided_on_the_device_cannot_be_captured(emulated: Emulated, qwen: Subject) -> None:
+    plain = reference.rule(len(qwen.blocks), 0.22, 0.3, seed=5)
+    with qwen.engine() as engine:
+        with engine.using(rule=plain) as counts:
+            expected, kept = qwen.model(**qwen.inputs).logits, counts.kept.clone()
+        with engine.using(rule=replace(plain, tau=2 * plain.tau, contribution=Doubled())) as counts:
+            torch.testing.assert_close(qwen.model(**qwen.inputs).logits, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(counts.kept, kept)
+            emulated.recording = True
+            with pytest.raises(KernelError, match="a rule that is not decided on the device"):
+                qwen.model(**qwen.inputs)
+            emulated.recording = False
+
+
 def test_a_captured_graph_may_use_its_memory_as_long_as_the_engine_lives(emulated: Emulated, qwen: Subject) -> None:
     """Another rule, and counts that are read or reset, change what is in memory and not where it is."""
     rule, other = (reference.rule(len(qwen.blocks), tau, tau, seed=5) for tau in (0.22, 0.3))
@@ -245,13 +276,13 @@ def test_without_the_library_transformers_computes(emulated: Emulated, qwen: Sub
 
 def test_a_drop_beside_a_rule(emulated: Emulated, qwen: Subject) -> None:
     rule = reference.rule(len(qwen.blocks), 0.2, 0.2, seed=3)
-    with qwen.engine() as engine, reference.listening(qwen.blocks) as calls, engine.using(rule=rule, drop=Drop(1, group=1)):
+    with qwen.engine() as engine, reference.listening(qwen.blocks) as calls, engine.using(rule=rule, drop=Drop(1, (VISION,))):
         qwen.model(**qwen.inputs)
-    group = TOKENS.of(qwen.inputs["input_ids"]).reshape(-1)
+    group = reference.groups(TOKENS, qwen.inputs["input_ids"], qwen.inputs["attention_mask"])
     for call in calls:
         kept = reference.keep(rule, reference.probability(call.weights), call.block.index, group)
         if call.block.index == 1:
-            kept[group == 1] = False
+            kept[group == VISION] = False
         torch.testing.assert_close(
             call.output, reference.experts_output(call.block, call.hidden, call.index, call.weights, kept), atol=1e-5, rtol=1e-4
         )

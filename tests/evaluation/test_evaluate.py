@@ -10,7 +10,7 @@ import pytest
 from modes_cli.data.sample import DataSpec
 from modes_cli.errors import BadOption, MissingArtifact, StaleArtifact
 from modes_cli.evaluation import evaluate
-from modes_cli.evaluation.evaluate import is_right
+from modes_cli.evaluation.answering import is_right
 from modes_cli.requests import EvaluateRequest
 from tests.pipeline import prepared_run
 
@@ -34,7 +34,7 @@ def test_both_runtimes_give_the_same_answers_and_ratios(run: Path) -> None:
     assert (torch.runtime, ort.runtime) == ("torch", "ort")
     for key in ("full", "skipped", "retained", "per_task", "changed"):
         assert getattr(torch, key) == getattr(ort, key)
-    assert torch.skip_ratio.keys() == ort.skip_ratio.keys() == {"all", "text", "vision"}
+    assert torch.skip_ratio.keys() == ort.skip_ratio.keys() == {"all", "text", "vision", "decode"}
     for group, share in torch.skip_ratio.items():
         assert share == pytest.approx(ort.skip_ratio[group], abs=0.01)
     assert torch.skip_ratio["all"] > 0.4

@@ -15,13 +15,17 @@ from modes_cli.artifacts.calibration import LayerImportance
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.export import export_bundle
 from modes_cli.models.checkpoint import REFERENCE_FOLDER
+from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import describe, versions
 from modes_cli.requests import ExportRequest, ModelSpec
 from modes_cli.run_folder import RunFolder
+from tests.once import once
 
 LAYERS, MOE_LAYERS, EXPERTS, TOP_K = 4, (1, 2, 3), 16, 4
 TAU = {"text": 0.07, "vision": 0.1}
-SHARES = {1: (0.5, 0.4, 0.7), 2: (0.2, 0.35, 0.2), 3: (0.3, 0.25, 0.1)}  # all, text, vision
+# Importance of each layer, as shares.
+COLUMNS = ("all", "text", "vision", "prompt", "decode")
+SHARES = {1: (0.5, 0.4, 0.7, 0.6, 0.2), 2: (0.2, 0.35, 0.2, 0.3, 0.5), 3: (0.3, 0.25, 0.1, 0.1, 0.3)}
 
 
 def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> Path:
@@ -71,12 +75,12 @@ def make_run(folder: Path, checkpoint: Path, tau: dict[str, float] | None = None
     """calibration.json and thresholds.json with two targets of policy `modes`."""
     _, info, _ = describe(ModelSpec(str(checkpoint)))
     data = DataInfo(source="digits", split="validation", samples=1, seed=0, digest="0" * 64)
-    shared = {"model": info, "data": data, "options": {"text_only": False}, "versions": versions()}
+    shared = {"model": info, "data": data, "options": {"text_only": False, "special": "keep"}, "versions": versions()}
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     importance = {
-        str(layer): LayerImportance(all=a, text=t, vision=v, kl_all=1, kl_text=1, kl_vision=1)
-        for layer, (a, t, v) in SHARES.items()
+        str(layer): LayerImportance(**dict(zip(COLUMNS, shares, strict=True)), **{f"kl_{column}": 1.0 for column in COLUMNS})
+        for layer, shares in SHARES.items()
     }
     calibration = Calibration(
         **shared,
@@ -84,7 +88,7 @@ def make_run(folder: Path, checkpoint: Path, tau: dict[str, float] | None = None
         moe_layers=len(MOE_LAYERS),
         experts=EXPERTS,
         top_k=TOP_K,
-        groups=["text", "vision", "special"],
+        groups=list(GROUPS),
         importance=importance,
         tokens={},
         answer_tokens=1,
@@ -96,23 +100,29 @@ def make_run(folder: Path, checkpoint: Path, tau: dict[str, float] | None = None
     run.write(calibration)
     result = SearchResult(
         target=0.3,
+        decode_target=None,
         policy="modes",
-        parameters={},
+        parameters={"per_modality": 0.0},
         tau=tau or TAU,
         skip_ratio=0.35,
         skip_ratio_per_group={},
         skip_ratio_per_layer={},
         kl=0.01,
+        kl_selection=0.01,
+        kl_held_out=0.01,
         predicted_skip_ratio=0.35,
         model_passes=1,
+        distinct_experts=[],
         frontier=[],
+        alternatives=[],
     )
     small = result.model_copy(update={"target": 0.1, "tau": {"text": 0.02, "vision": 0.03}, "skip_ratio": 0.12})
     thresholds = Thresholds(
         **shared,
         calibration=files.sha256(run.file(Calibration.FILE)),
-        groups=["text", "vision", "special"],
+        groups=list(GROUPS),
         results=[small, result],
+        frontier=[],
         model_passes=1,
         grid=100,
     )
@@ -123,13 +133,27 @@ def make_run(folder: Path, checkpoint: Path, tau: dict[str, float] | None = None
 @functools.cache
 def shared_bundle(base: Path) -> Path:
     """One float32 bundle for all tests of a session; copy it before changing anything. Beside it: `checkpoint`."""
-    checkpoint = make_checkpoint(base / "tiny" / "checkpoint")
-    run = make_run(base / "tiny" / "run", checkpoint)
-    return export_bundle(ExportRequest(run=run)).path
+
+    def make(folder: Path) -> None:
+        export_bundle(ExportRequest(run=make_run(folder / "run", make_checkpoint(folder / "checkpoint"))))
+
+    return once(base, "tiny", make) / "run" / "bundle"
 
 
 def shared_checkpoint(base: Path) -> Path:
     return shared_bundle(base).parent.parent / "checkpoint"
+
+
+@functools.cache
+def shared_bfloat16(base: Path) -> tuple[Path, Path]:
+    """(checkpoint, bundle) in bfloat16 and with tied embeddings, else as `shared_bundle`."""
+
+    def make(folder: Path) -> None:
+        checkpoint = make_checkpoint(folder / "checkpoint", torch.bfloat16, tied=True)
+        export_bundle(ExportRequest(run=make_run(folder / "run", checkpoint)))
+
+    folder = once(base, "tiny-bfloat16", make)
+    return folder / "checkpoint", folder / "run" / "bundle"
 
 
 def relist(bundle: Path, *names: str) -> None:

@@ -18,9 +18,10 @@ from modes_cli.export import export_bundle
 from modes_cli.export.families import family_of
 from modes_cli.export.safetensors_header import merged, read_header
 from modes_cli.export.verify import verify_bundle
+from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.requests import ExportRequest
 from modes_cli.run_folder import RunFolder
-from tests.export.bundles import SHARES, TAU, make_checkpoint, make_run, read
+from tests.export.bundles import SHARES, TAU, make_run, read, shared_bfloat16
 
 
 def test_verifies(bundle: Path) -> None:
@@ -39,6 +40,7 @@ def test_describes_itself(bundle: Path) -> None:
     assert found.vision_token_ids == [5, 6]
     assert found.eos_token_ids == [2]
     assert set(found.special_token_ids) >= {0, 1, 2, 3, 4}
+    assert (found.groups, found.audio_token_ids) == (list(GROUPS), [])
     assert (found.decoder.layers, found.decoder.deepstack, found.decoder.position_rows) == (4, 2, 3)
 
 
@@ -63,12 +65,12 @@ def test_thresholds(bundle: Path) -> None:
     with safe_open(bundle / "thresholds.safetensors", "pt") as file:
         scale, tau, metadata = file.get_tensor("score_scale"), file.get_tensor("tau"), file.metadata()
     assert scale.dtype == tau.dtype == torch.float32
-    torch.testing.assert_close(tau, torch.tensor([*TAU.values(), 0.0]))
-    torch.testing.assert_close(
-        scale[:, 0], torch.tensor([share[0] for share in SHARES.values()])
-    )  # policy `modes`: alpha of all
+    assert tau.tolist() == pytest.approx([TAU["text"], TAU["vision"], TAU["text"], 0.0, 0.0])  # decode has that of text
+    alpha = torch.tensor([share[0] for share in SHARES.values()])  # policy `modes`: that of all tokens
+    torch.testing.assert_close(scale[:, [TEXT, VISION, DECODE]], alpha[:, None].expand(-1, 3))
+    assert scale.shape == (len(SHARES), len(GROUPS))
     assert metadata["policy"] == "modes"
-    assert metadata["groups"] == "text,vision,special"
+    assert metadata["groups"] == "text,vision,decode,audio,special"
     assert metadata["moe_layers"] == "1,2,3"
 
 
@@ -94,15 +96,14 @@ def test_safetensors_format_has_no_graphs(run: Path) -> None:
     assert again.bundle.target == 0.3
 
 
-def test_bfloat16_and_tied_embeddings(tmp_path: Path) -> None:
+def test_bfloat16_and_tied_embeddings(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Weights stay as stored, with casts in the graph, and nothing is stored twice."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", torch.bfloat16, tied=True)
-    exported = export_bundle(ExportRequest(run=make_run(tmp_path / "run", checkpoint)))
-    assert [check for check in verify_bundle(exported.path) if not check.ok] == []
-    stored = load_file(exported.path / "model-00001-of-00001.safetensors")
+    _, bundle = shared_bfloat16(tmp_path_factory.getbasetemp())
+    assert [check for check in verify_bundle(bundle) if not check.ok] == []
+    stored = load_file(bundle / "model-00001-of-00001.safetensors")
     assert "lm_head.weight" not in stored
     assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
-    assert json.loads((exported.path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((bundle / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_folder_with_other_things_is_not_replaced(run: Path, tmp_path: Path, bundle: Path) -> None:

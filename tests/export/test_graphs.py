@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import load
 from modes_cli.requests import ModelSpec
 
@@ -77,10 +78,10 @@ def test_decoder_interface(bundle: Path) -> None:
     assert shapes["inputs_embeds"] == ["batch", "length", 192]
     assert shapes["attention_mask"] == ["batch", "total"]
     assert shapes["position_ids"] == [3, "batch", "length"]
-    assert shapes["tau"] == [3]
+    assert shapes["tau"] == [len(GROUPS)]
     assert shapes["past_key_values.3.value"] == ["batch", 2, "past", 16]
     assert shapes["logits"] == ["batch", "logits_length", 416]
-    assert shapes["kept_pairs"] == [3, 3]
+    assert shapes["kept_pairs"] == [3, len(GROUPS)]
     assert shapes["present.0.key"] == ["batch", 2, "total", 16]
     assert {"tau", "logits_to_keep"} <= {t.name for t in graph.initializer}
     nodes = [node for node in graph.node if node.domain == "modes"]

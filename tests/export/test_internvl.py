@@ -131,7 +131,7 @@ def test_the_chain_by_command_lines(made: Made) -> None:
     assert said["evaluate"]["skip_ratio"]["all"] == pytest.approx(0.6, abs=0.1)
 
 
-@pytest.mark.parametrize("tau", [ZERO, None, {"text": 0.4, "vision": 0.3}], ids=["all", "searched", "most"])
+@pytest.mark.parametrize("tau", [ZERO, None, {"text": 0.4, "vision": 0.3, "decode": 0.1}], ids=["all", "searched", "most"])
 @pytest.mark.parametrize("which", [(0,), (0, 1), (2, 0), (3,)], ids=["one", "left padding", "several images", "no image"])
 def test_the_same_logits_and_tokens(made: Made, samples: list[Sample], which: tuple[int, ...], tau: Any) -> None:
     """Prefill and decode steps, all far beyond the sliding window."""

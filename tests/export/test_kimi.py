@@ -95,9 +95,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _scores(bundle: Path) -> Any:
-    from modes_cli.export.integrity import read_bundle, read_thresholds
+    from modes_cli.export.integrity import read_bundle
+    from modes_cli.export.thresholds import read_rule
 
-    return read_thresholds(bundle, read_bundle(bundle))[0]
+    return read_rule(bundle, read_bundle(bundle)).score_scale.numpy()
 
 
 def ask_torch(loaded: Loaded, samples: list[Sample], steps: int) -> tuple[Tensor, Tensor]:

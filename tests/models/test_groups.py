@@ -6,26 +6,98 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
-from modes_cli.models.groups import GROUPS, SPECIAL, TEXT, VISION, TokenGroups, token_groups
+from modes_cli.models.groups import (
+    AUDIO,
+    DECODE,
+    GROUPS,
+    SKIPPABLE,
+    SPECIAL,
+    TEXT,
+    VISION,
+    TokenGroups,
+    last_real,
+    token_groups,
+    with_decode,
+)
 from modes_cli.models.loading import Loaded
+from tests.skipping import reference
+
+ids_of = st.sets(st.integers(0, 9))
+# Rows of one length, of ids and of which of them are real: padding may stand anywhere, also in all places.
+batches = st.integers(1, 6).flatmap(
+    lambda length: st.lists(
+        st.lists(st.tuples(st.integers(-1, 12), st.booleans()), min_size=length, max_size=length), min_size=1, max_size=4
+    )
+)
+
+
+def parts(rows: list[list[tuple[int, bool]]]) -> tuple[Tensor, Tensor]:
+    """Ids and which are real, [B, S] each."""
+    return (
+        torch.tensor([[i for i, _ in row] for row in rows]),
+        torch.tensor([[real for _, real in row] for row in rows]),
+    )
 
 
 @given(
     ids=st.lists(st.lists(st.integers(-1, 12), min_size=3, max_size=3), max_size=4),
-    vision=st.sets(st.integers(0, 9)),
-    special=st.sets(st.integers(0, 9)),
+    vision=ids_of,
+    special=ids_of,
+    audio=ids_of,
 )
-def test_vision_before_special_before_text(ids: list[list[int]], vision: set[int], special: set[int]) -> None:
-    tokens = TokenGroups(tuple(vision), tuple(special))
+def test_vision_before_audio_before_special_before_text(
+    ids: list[list[int]], vision: set[int], special: set[int], audio: set[int]
+) -> None:
+    tokens = TokenGroups(tuple(vision), tuple(special), tuple(audio))
     tensor = torch.tensor(ids, dtype=torch.int64).reshape(-1, 3)
 
     group = tokens.of(tensor)
 
     assert group.dtype == torch.int32
     assert group.shape == tensor.shape
+    order = ((vision, VISION), (audio, AUDIO), (special, SPECIAL))
     for row, ids_of_row in zip(group.tolist(), tensor.tolist(), strict=True):
-        assert row == [VISION if i in vision else SPECIAL if i in special else TEXT for i in ids_of_row]
+        assert row == [next((number for ids, number in order if i in ids), TEXT) for i in ids_of_row]
+
+
+@given(rows=batches)
+def test_the_last_real_token_of_each_row(rows: list[list[tuple[int, bool]]]) -> None:
+    _, real = parts(rows)
+    found = last_real(real)
+    assert (found.dtype, found.shape) == (torch.bool, real.shape)
+    for row, marks in zip(found.tolist(), real.tolist(), strict=True):
+        places = [place for place, mark in enumerate(marks) if mark]
+        assert [place for place, mark in enumerate(row) if mark] == places[-1:]  # none in a row of padding only
+
+
+def test_padding_on_either_side_and_everywhere() -> None:
+    real = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
+    assert last_real(real).int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
+
+
+@given(rows=batches, vision=ids_of, special=ids_of)
+def test_decode_is_the_last_real_token_if_it_is_text(
+    rows: list[list[tuple[int, bool]]], vision: set[int], special: set[int]
+) -> None:
+    tokens = TokenGroups(tuple(vision), tuple(special))
+    ids, real = parts(rows)
+    by_id = tokens.of(ids)
+    group = with_decode(by_id, last_real(real))
+    assert group.dtype == torch.int32
+    assert torch.equal(group.reshape(-1), reference.groups(tokens, ids, real))
+    changed = group != by_id
+    assert (by_id[changed] == TEXT).all()  # an image's or a special token stays what it is
+    assert (group[changed] == DECODE).all()
+    assert (changed.sum(1) <= 1).all()
+
+
+def test_a_special_last_token_stays_special() -> None:
+    tokens = TokenGroups((7,), (1,))
+    ids = torch.tensor([[5, 7, 1], [5, 1, 5], [5, 5, 7]])
+    group = with_decode(tokens.of(ids), last_real(torch.ones_like(ids).bool()))
+    assert group.tolist() == [[TEXT, VISION, SPECIAL], [TEXT, SPECIAL, DECODE], [TEXT, TEXT, VISION]]
 
 
 @pytest.mark.parametrize(
@@ -35,10 +107,17 @@ def test_placeholders_are_found_under_any_name(field: str) -> None:
     assert token_groups(SimpleNamespace(**{field: 7}), []).vision_ids == (7,)
 
 
+@pytest.mark.parametrize("field", ["audio_token_id", "audio_token_index"])
+def test_sound_has_a_group_of_its_own(field: str) -> None:
+    tokens = token_groups(SimpleNamespace(**{field: 8, "image_token_id": 7}), [8, 7, 1])
+    assert tokens == TokenGroups((7,), (1,), (8,))
+    assert tokens.of(torch.tensor([[8, 7, 1, 2]])).tolist() == [[AUDIO, VISION, SPECIAL, TEXT]]
+
+
 def test_placeholders_are_never_special_and_unset_ones_are_ignored() -> None:
     config = SimpleNamespace(image_token_id=7, video_token_id=None, image_token_index=-1)
     tokens = token_groups(config, [9, 7, 1, 9])
-    assert (tokens.vision_ids, tokens.special_ids) == ((7,), (1, 9))
+    assert (tokens.vision_ids, tokens.special_ids, tokens.audio_ids) == ((7,), (1, 9), ())
 
 
 def test_a_text_model_has_no_vision_tokens() -> None:
@@ -47,7 +126,8 @@ def test_a_text_model_has_no_vision_tokens() -> None:
 
 
 def test_the_order_of_groups_is_what_artifacts_say() -> None:
-    assert [GROUPS[i] for i in (TEXT, VISION, SPECIAL)] == ["text", "vision", "special"]
+    assert [GROUPS[i] for i in (TEXT, VISION, DECODE, AUDIO, SPECIAL)] == ["text", "vision", "decode", "audio", "special"]
+    assert (*SKIPPABLE, "special") == GROUPS
 
 
 def test_the_built_in_model_tells_images_and_chat_markers_apart(digits: Loaded) -> None:

@@ -22,7 +22,7 @@ from modes_cli.export import export_bundle
 from modes_cli.models.families.kimi_vl import KimiVLForConditionalGeneration
 from modes_cli.models.families.kimi_vl_processing import KimiVLProcessor
 from modes_cli.models.families.moonvit import MoonViTConfig
-from modes_cli.models.groups import GROUPS
+from modes_cli.models.groups import GROUPS, SPECIAL
 from modes_cli.models.inputs import measuring_batch, prompt_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.models.profiling import profile_model
@@ -30,7 +30,7 @@ from modes_cli.requests import ExportRequest, GenerateRequest, ModelSpec, Profil
 from modes_cli.runtime.generate import generate
 from modes_cli.search import find_thresholds
 from modes_cli.skipping.engine import SkipEngine
-from modes_cli.skipping.policy import Rule
+from modes_cli.skipping.policy import Rule, tau_vector
 from tests import checkpoint_kimi_vl as kimi
 from tests.checkpoints import small_samples
 from tests.models.kimi_vl_reference import Cache, Reference
@@ -103,7 +103,7 @@ def test_a_rule_leaves_out_the_published_structures_pairs(
     tau = {"text": TAU, "vision": TAU + 0.02}
     image = kimi.token_ids()["<|media_pad|>"]
     monkeypatch.setattr(reference, "keep", lambda token, pi: pi >= (tau["vision"] if token == image else tau["text"]))
-    rule = Rule(torch.ones(len(loaded.blocks), len(GROUPS)), torch.tensor([tau["text"], tau["vision"], 0.0]))
+    rule = Rule(torch.ones(len(loaded.blocks), len(GROUPS)), tau_vector(tau))
     with engine.using(rule=rule) as counts:
         assert_same_logits(loaded, reference, grids)
     assert 0.3 < 1 - float(counts.kept.sum() / counts.total.sum()) < 0.7
@@ -191,11 +191,11 @@ def test_zero_thresholds_change_no_bit(loaded: Loaded, engine: SkipEngine) -> No
             assert torch.equal(loaded.model(**batch.inputs).logits, logits)
             assert torch.equal(loaded.model.generate(**batch.inputs, max_new_tokens=4, do_sample=False), text)
         assert torch.equal(counts.kept, counts.total)
-        with engine.using(rule=Rule(rule.score_scale, torch.tensor([math.inf, math.inf, 0.0]))) as counts:
+        with engine.using(rule=Rule(rule.score_scale, tau_vector({"text": math.inf, "vision": math.inf}))) as counts:
             assert not torch.equal(loaded.model(**batch.inputs).logits, logits)
     kept = counts.kept.sum((0, 1))
-    assert kept[:2].tolist() == [0, 0]
-    assert int(kept[2]) > 0  # special tokens lose nothing
+    assert kept[:SPECIAL].tolist() == [0] * SPECIAL
+    assert int(kept[SPECIAL]) > 0  # special tokens lose nothing
 
 
 def test_a_batch_answers_as_its_samples_alone(loaded: Loaded) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from modes_cli.data.sample import DataSpec
 from modes_cli.errors import BadModel, StaleArtifact
+from modes_cli.models.groups import GROUPS, SPECIAL, TEXT, VISION
 from modes_cli.models.inputs import measuring_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.models.profiling import profile_model
@@ -30,7 +31,8 @@ def test_structure_and_statistics(tiny_checkpoint: Path, tiny: Loaded, tmp_path:
     assert profile.parameters == sum(p.numel() for p in tiny.model.parameters())
     batch = measuring_batch(tiny, small_samples(4))
     group = tiny.tokens.of(batch.inputs["input_ids"])[batch.inputs["attention_mask"] != 0]
-    assert profile.tokens == {name: int((group == i).sum()) for i, name in enumerate(("text", "vision", "special"))}
+    # Questions and answers are one text here: no token is `decode`.
+    assert profile.tokens == {GROUPS[g]: int((group == g).sum()) for g in (TEXT, VISION, SPECIAL)}
 
 
 def test_the_angle_is_between_the_residual_stream_before_and_after_the_block(
@@ -49,7 +51,7 @@ def test_the_angle_is_between_the_residual_stream_before_and_after_the_block(
         tiny.model(**batch.inputs)
     for hook in hooks:
         hook.remove()
-    chosen = (tiny.tokens.of(batch.inputs["input_ids"]) == 1) & (batch.inputs["attention_mask"] != 0)
+    chosen = (tiny.tokens.of(batch.inputs["input_ids"]) == VISION) & (batch.inputs["attention_mask"] != 0)
     a, b = seen["before"][chosen].double(), seen["after"][chosen].double()
     angle = (torch.nn.functional.cosine_similarity(a, b, dim=-1).arccos().mean() * 180 / math.pi).item()
     assert profile.layers[0].update_angle["vision"] == pytest.approx(angle, abs=0.05)

@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from modes_cli import files
 from modes_cli.artifacts import Evaluation
 from modes_cli.errors import BadArtifact, MissingArtifact
-from modes_cli.report import charts, write_report
+from modes_cli.report import charts, plane, write_report
 from modes_cli.run_folder import RunFolder
 from tests import examples
+from tests.report import crafted
 
 VOID = {"meta", "br", "link", "img"}
 
@@ -50,31 +52,81 @@ def parse(html: str) -> Balanced:
     return parser
 
 
-def test_full_report_is_well_formed_and_self_contained(tmp_path: Path) -> None:
-    html = page(examples.fill_run(tmp_path))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run folder with everything in it."""
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    crafted.fill(folder)
+    return page(folder.path)
+
+
+def test_full_report_is_well_formed_and_self_contained(whole: str) -> None:
+    html = whole
     parsed = parse(html)
     assert len(set(parsed.ids)) == len(parsed.ids)
-    assert all(link.startswith("#") and link[1:] in parsed.ids for link in parsed.links)
-    assert not {"script", "img", "link", "iframe"} & set(parsed.tags)
-    assert "http" not in html
+    anchors = [link for link in parsed.links if not link.startswith("data:image/png;base64,")]
+    assert all(link.startswith("#") and link[1:] in parsed.ids for link in anchors)
+    assert not {"script", "link", "iframe", "object", "form"} & set(parsed.tags)
+    assert not re.search(r"https?:|//[a-z]", html)
+    assert "default-src 'none'" in html
     assert "url(" not in html
     assert "@import" not in html
     assert "Nothing here yet" not in html
     assert "Renew it" not in html
     for drawing in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
         ElementTree.fromstring(drawing)
-        assert "nan" not in drawing
-        assert "inf" not in drawing
+        assert not re.search(r'="[^"]*\b(nan|inf)\b', drawing)
 
 
-def test_same_artifacts_give_the_same_bytes(tmp_path: Path) -> None:
-    first = page(examples.fill_run(tmp_path / "a"))
-    assert page(examples.fill_run(tmp_path / "b")) == first
+def test_same_artifacts_give_the_same_bytes(whole: str, tmp_path: Path) -> None:
+    crafted.fill(RunFolder(tmp_path / "b"))
+    assert page(tmp_path / "b") == whole
+
+
+def test_every_section_has_its_charts(whole: str) -> None:
+    wanted = {"accuracy": 1, "policies": 6, "frontier": 1, "skipping": 6, "experts": 1, "scores": 6, "time": 4}
+    for name, figures in wanted.items():
+        begin = whole.index(f'<section id="{name}"')
+        section = whole[begin : whole.index("</section>", begin)]
+        assert section.count("<figure") == figures, name
+        assert section.count("<svg") >= figures
+        assert "<table" in section
+
+
+def test_policies_are_compared_with_their_intervals(whole: str) -> None:
+    found = crafted.evaluation("0" * 64)
+    for one in found.comparison:
+        assert f"{100 * one.retained:.1f}" in whole
+        if one.interval is not None:
+            assert f"[{100 * one.interval.low:.1f}, {100 * one.interval.high:.1f}]" in whole
+    assert "Target 88%, decode 80%" in whole
+    assert "keeps at least one expert of each token" in whole
+    assert "Below the chart at some ratios: random." in whole
+    assert ">behind<" in whole
+    assert ">tie<" in whole
+
+
+def test_changed_answers_have_their_images(whole: str) -> None:
+    found = crafted.evaluation("0" * 64)
+    begin = whole.index('<section id="changed"')
+    section = whole[begin : whole.index("</section>", begin)]
+    assert section.count("data:image/png;base64,") == sum(one.image is not None for one in found.changed)
+    assert section.count("no image") == sum(one.image is None for one in found.changed)
+    assert section.count(">lost<") >= 5
+    assert "&lt;i&gt;four" in section
+
+
+def test_colors_and_shapes_tell_policies_apart(whole: str) -> None:
+    begin = whole.index('<section id="frontier"')
+    legend = re.findall(r"<li><svg.*?</li>", whole[begin : whole.index("</ul>", begin)])
+    assert len(legend) == len(set(legend)) == len(crafted.POLICIES) + 2
 
 
 def test_numbers_come_from_the_artifacts(tmp_path: Path) -> None:
     html = page(examples.fill_run(tmp_path))
-    for text in ("94.8%", "93.7%", "98.8%", "75.1%", "1.51x", "tempered", "qwen3_vl_moe", "Read the top row.", "36.0 passes"):
+    thresholds = examples.artifact("thresholds")
+    told = [f"{thresholds.model_passes:.1f} passes", *(f"{one.kl:.4g}" for one in thresholds.results)]
+    for text in ("94.8%", "93.7%", "98.8%", "75.1%", "1.51x", "tempered", "qwen3_vl_moe", "Read the top row.", *told):
         assert text in html
 
 
@@ -128,11 +180,33 @@ def test_artifacts_of_different_runs_are_pointed_out(tmp_path: Path) -> None:
 def test_no_answers_changed_and_no_time(tmp_path: Path) -> None:
     run = examples.fill_run(tmp_path)
     found: Evaluation = examples.artifact("evaluation")
-    RunFolder(run).write(found.model_copy(update={"changed": [], "per_task": {}, "policies": {}, "skipped_seconds": 0.0}))
+    RunFolder(run).write(
+        found.model_copy(update={"changed": [], "per_task": {}, "policies": {}, "comparison": [], "skipped_seconds": 0.0})
+    )
     html = page(run)
     parse(html)
     assert "0 of 330 answers" in html
     assert "speedup of the evaluation" not in html
+    assert f"modes evaluate --policies all --run {run}" in html
+
+
+def test_many_tasks_become_charts_that_fit_on_paper(tmp_path: Path) -> None:
+    run = examples.fill_run(tmp_path)
+    found: Evaluation = examples.artifact("evaluation")
+    one = next(iter(found.per_task.values()))
+    RunFolder(run).write(found.model_copy(update={"per_task": {f"task-{i}": one for i in range(70)}}))
+    html = page(run)
+    section = html[html.index('<section id="accuracy"') : html.index('<section id="policies"')]
+    assert [f"({i} of 3)" in section for i in range(5)] == [False, True, True, True, False]
+    heights = [float(height) for height in re.findall(r'<svg viewBox="0 0 360 ([\d.]+)"', section)]
+    assert len(heights) == 3
+    assert max(heights) < 1000
+    assert all(f">task-{i}<" in section for i in range(70))
+
+
+def drawn(places: list[tuple[float, float]], *rings: plane.Ring) -> plane.Plane:
+    dots = [plane.Dot(x, y, "<&>") for x, y in places]
+    return plane.Plane("<&>", "x", "y", [plane.Series("p0", "diamond", dots)], rings)
 
 
 def test_charts_take_their_edges() -> None:
@@ -143,10 +217,17 @@ def test_charts_take_their_edges() -> None:
         charts.columns("many layers", [(str(i), i / 94, "x") for i in range(94)], "c-all"),
         charts.heat("wide", ["50%"], [str(i) for i in range(94)], [[i / 94 for i in range(94)]]),
         charts.heat("holes", ["a"], ["x", "y"], [[None, 1.0]]),
-        charts.scatter("none", [], "x", "y"),
-        charts.scatter("one at zero", [charts.Dot(0.0, 0.0, "c-all", "origin")], "x", "y"),
-        charts.scatter("one at one", [charts.Dot(1.0, 1.0, "c-all", "corner", chosen=True, label="<&>")], "x", "y"),
-        charts.scatter("equal", [charts.Dot(0.5, 0.1, "c-all", "p")] * 3, "x", "y"),
+        charts.columns("one scale", [("0", 2.0, "above")], "c-all", largest=1.0),
+        charts.meters("none", [], 0.0),
+        charts.meters("long", [("x" * 99, charts.Bar(9.0, "c-all", "9", "<&>"))], 1.0, 1.0),
+        charts.intervals("none", [], 1.0, "x"),
+        charts.intervals("equal", [charts.Span("<&>", 1.0, 1.0, 1.0, "p0", "cross", "t", True)] * 2, 1.0, "x"),
+        plane.draw(plane.Plane("none", "x", "y")),
+        plane.draw(drawn([(0.0, 0.0)])),
+        plane.draw(drawn([(1.0, 1.0)], plane.Ring(1.0, 1.0, "<&>", "<&>")), plane.WIDE),
+        plane.draw(drawn([(0.5, 0.1)] * 3)),
+        plane.draw(drawn([(0.5, 1e-30), (0.6, 1e30)])),
+        plane.draw(replace(drawn([(0.5, 1.0), (0.6, 0.2), (0.7, 0.9)]), log=False, floor=0.8, reference=1.0)),
     ]
     for picture in pictures:
         ElementTree.fromstring(picture)

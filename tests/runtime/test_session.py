@@ -11,20 +11,21 @@ from PIL import Image
 import modes_cli
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadArtifact, BadData, BadOption
-from modes_cli.export import export_bundle
+from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.models.inputs import prompt_batch
 from modes_cli.models.loading import Loaded, load
-from modes_cli.requests import ExportRequest, GenerateRequest, ModelSpec
+from modes_cli.requests import GenerateRequest, ModelSpec
 from modes_cli.runtime.generate import generate, open_image
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.runtime.positions import mrope_positions, text_positions
 from modes_cli.runtime.session import session
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule, tau_vector
-from tests.export.bundles import MOE_LAYERS, SHARES, TAU, make_checkpoint, make_run, shared_bundle, shared_checkpoint
+from tests.export.bundles import MOE_LAYERS, SHARES, TAU, shared_bfloat16, shared_bundle, shared_checkpoint
 
 IMAGE = 5
-SCALE = torch.tensor([[share[0], share[0], 1.0] for share in SHARES.values()])
+SCALE = torch.ones(len(SHARES), len(GROUPS))
+SCALE[:, [TEXT, VISION, DECODE]] = torch.tensor([[share[0]] for share in SHARES.values()])
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -126,12 +127,21 @@ def test_thresholds_are_inputs_with_a_default(ort_model: OrtModel, reference: tu
         {"text": 0.0, "vision": 0.0},
         {"text": 0.0, "vision": 1e9},
         {"text": 1e9, "vision": 0.0},
-        {"text": 0.02, "vision": 0.2},
+        {"text": 0.0, "vision": 0.0, "decode": 1e9},
+        {"text": 1e9, "vision": 1e9, "decode": 0.0},
+        {"text": 0.02, "vision": 0.2, "decode": 0.09},
     ):
         tokens, logits = ask_torch(reference, samples, 3, tau)
-        found, prefill, _ = run_ort(ort_model, samples, tokens, tau)
+        found, prefill, decode = run_ort(ort_model, samples, tokens, tau)
+        counts = reference[1].counts
         np.testing.assert_allclose(found, logits.numpy(), atol=1e-3)
-        np.testing.assert_array_equal(prefill, reference[1].counts.kept[0].numpy())
+        np.testing.assert_array_equal(prefill, counts.kept[0].numpy())
+        np.testing.assert_array_equal(decode, counts.kept[1].numpy())
+        assert int(counts.total[0, 0, DECODE]) == len(samples) * ort_model.bundle.top_k  # the last token of each prompt
+        for group, name in enumerate(GROUPS[:3]):
+            if (threshold := tau.get(name, tau["text"])) in (0.0, 1e9):
+                kept, total = counts.kept[..., group], counts.total[..., group]
+                assert torch.equal(kept, torch.zeros_like(total) if threshold else total)
     default = run_ort(ort_model, samples, tokens, None)[0]
     np.testing.assert_array_equal(default, run_ort(ort_model, samples, tokens, TAU)[0])
 
@@ -178,18 +188,29 @@ def test_decode_steps_leave_the_state(ort_model: OrtModel) -> None:
     np.testing.assert_array_equal(state.logits, logits)
 
 
-def test_generates_the_same_text(ort_model: OrtModel, reference: tuple[Loaded, SkipEngine]) -> None:
+@pytest.mark.parametrize("decode", [None, 0.02, 0.3])
+def test_generates_the_same_text(
+    decode: float | None, ort_model: OrtModel, reference: tuple[Loaded, SkipEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And counts the same tokens, in the same groups, also when a sample of the batch has ended."""
     loaded, engine = reference
+    tau = TAU if decode is None else {**TAU, "decode": decode}
+    monkeypatch.setattr(engine, "pad_id", loaded.tokenizer.pad_token_id)
     for samples in (BATCHES["several images"], BATCHES["no image"]):
-        engine.rule = Rule(SCALE, tau_vector(TAU))
+        engine.rule = Rule(SCALE, tau_vector(tau))
+        engine.counts.reset()
         batch = prompt_batch(loaded, samples)
         with torch.no_grad():
             ids = loaded.model.generate(**batch.inputs, max_new_tokens=12, do_sample=False)[
                 :, batch.inputs["input_ids"].shape[1] :
             ]
         expected = loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = ort_model.generate([s.images for s in samples], [s.question for s in samples], 12)
+        thresholds = None if decode is None else tau
+        answers = ort_model.generate([s.images for s in samples], [s.question for s in samples], 12, thresholds)
         assert answers.texts == expected
+        assert torch.equal(answers.counts.total, engine.counts.total)
+        assert torch.equal(answers.counts.kept, engine.counts.kept)
+        assert "decode" in answers.skip_ratio
         assert answers.prefill_seconds > 0
 
 
@@ -210,14 +231,13 @@ def test_a_finished_row_costs_nothing(ort_model: OrtModel, monkeypatch: pytest.M
 
 def test_statistics_of_nothing_skipped(ort_model: OrtModel) -> None:
     answers = ort_model.generate([[]], ["Hello?"], 2, {"text": 0.0, "vision": 0.0})
-    assert answers.skip_ratio == {"all": 0.0, "text": 0.0}  # no vision token, no ratio
-    assert answers.counts.total.shape == (2, len(MOE_LAYERS), 3)
+    assert answers.skip_ratio == {"all": 0.0, "text": 0.0, "decode": 0.0}  # no vision token, no ratio
+    assert answers.counts.total.shape == (2, len(MOE_LAYERS), len(GROUPS))
 
 
-def test_bfloat16_weights(tmp_path: Path) -> None:
+def test_bfloat16_weights(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Experts stay bfloat16 in the operator, the rest is cast; both computed in float32, as the checkpoint loaded so."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", torch.bfloat16)
-    bundle = export_bundle(ExportRequest(run=make_run(tmp_path / "run", checkpoint))).path
+    checkpoint, bundle = shared_bfloat16(tmp_path_factory.getbasetemp())
     loaded = load(ModelSpec(str(checkpoint), dtype="float32"))
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     tokens, logits = ask_torch((loaded, engine), BATCHES["left padding"], 3, TAU)
@@ -239,7 +259,7 @@ def test_generate_command(bundle: Path, tmp_path: Path) -> None:
     picture(48, 48, 0).save(tmp_path / "a.png")
     found = generate(GenerateRequest(bundle, (tmp_path / "a.png",), "How many digits?", max_new_tokens=3))
     assert 0 < found.tokens <= 3
-    assert found.skip_ratio.keys() == {"all", "text", "vision"}
+    assert found.skip_ratio.keys() == {"all", "text", "vision", "decode"}
     nothing = generate(
         GenerateRequest(bundle, (tmp_path / "a.png",), "How many digits?", tau={"text": 0.0, "vision": 0.0}, max_new_tokens=1)
     )
@@ -247,7 +267,7 @@ def test_generate_command(bundle: Path, tmp_path: Path) -> None:
     same = generate(GenerateRequest(bundle, (tmp_path / "a.png",), "How many digits?", runtime="torch", max_new_tokens=3))
     assert (same.text, same.tokens) == (found.text, found.tokens)
     assert same.skip_ratio == pytest.approx(found.skip_ratio)
-    for tau in ({"text": -1.0}, {"special": 1.0}, {"audio": 1.0}):
+    for tau in ({"text": -1.0}, {"special": 1.0}, {"sound": 1.0}):
         with pytest.raises(BadOption):
             generate(GenerateRequest(bundle, (), "?", tau=tau))
     with pytest.raises(BadOption, match="runtime"):

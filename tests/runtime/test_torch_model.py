@@ -60,8 +60,8 @@ def test_tau_can_be_given(prepared: tuple[Path, Path]) -> None:
     generate(model, checkpoint)
     counts = modes.skip_statistics(model)["prefill"]
     assert all(layer["vision"]["kept"] == 0 and layer["text"]["skipped"] == 0 for layer in counts.values())
-    with pytest.raises(BadOption, match="audio"):
-        modes.load(run / "bundle", {"audio": 0.1})
+    with pytest.raises(BadOption, match="sound"):
+        modes.load(run / "bundle", {"sound": 0.1})
     with pytest.raises(BadOption, match="-1"):
         modes.load(run / "bundle", {"text": -1.0})
 

@@ -11,6 +11,7 @@ import torch
 
 from modes_cli import files
 from modes_cli.artifacts import Calibration, Thresholds
+from modes_cli.artifacts.thresholds import FrontierEntry
 from modes_cli.calibration import calibrate
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadOption, MissingArtifact, StaleArtifact, UnreachableTarget
@@ -18,8 +19,12 @@ from modes_cli.models.inputs import measuring_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.run_folder import RunFolder
 from modes_cli.search import find_thresholds
-from modes_cli.search.strategies import STRATEGIES, TOLERANCE
+from modes_cli.search.pricing import TARGETS as PRICED_TARGETS
+from modes_cli.search.problem import TOLERANCE
+from modes_cli.search.selection import select
+from modes_cli.search.strategies import STRATEGIES
 from modes_cli.skipping.engine import SkipEngine
+from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.registry import from_result
 from tests import checkpoints
 from tests.runs import SAMPLES, calibration_request, content, search_request
@@ -53,7 +58,7 @@ def test_targets_are_reached_closely_and_within_the_budget(name: str, searched: 
     for result in artifact.results:
         assert result.target <= result.skip_ratio <= result.target + TOLERANCE
         assert abs(result.predicted_skip_ratio - result.skip_ratio) < 0.05
-        assert result.model_passes <= PASSES
+        assert result.model_passes <= PASSES + 1
         assert result.tau.keys() == {"text", "vision"}
     assert artifact.model_passes == sum(result.model_passes for result in artifact.results)
     assert artifact.results[0].kl < artifact.results[1].kl
@@ -70,9 +75,11 @@ def test_thresholds_do_what_the_artifact_says(
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     try:
         for result in thresholds(searched[name]).results:
-            with engine.using(rule=from_result(result, calibration)) as counts:
+            with engine.using(rule=from_result(result, Measured(calibration))) as counts:
                 for part in (samples[:8], samples[8:]):
-                    loaded.model(**measuring_batch(loaded, part).inputs)
+                    batch = measuring_batch(loaded, part)
+                    with engine.answers_at(batch.decoding):
+                        loaded.model(**batch.inputs)
             assert counts.skip_ratio() == result.skip_ratio
             assert counts.per_group() == result.skip_ratio_per_group
             assert dict(zip(calibration.importance, counts.per_layer(), strict=True)) == result.skip_ratio_per_layer
@@ -102,7 +109,10 @@ def test_a_target_added_later_gets_the_numbers_of_asking_at_once(searched: dict[
 def test_a_grid_shared_by_two_targets_costs_each_its_own_passes(fresh_run: Fresh) -> None:
     """Otherwise `model_passes` would tell which targets were asked for together."""
     at_once = find_thresholds(search_request(fresh_run("tiny"), *TARGETS, strategy="exhaustive", grid=3)).artifact
-    assert [result.model_passes for result in at_once.results] == [9.0, 9.0]
+    assert [result.model_passes for result in at_once.results] == [
+        10.0,
+        10.0,
+    ]  # one more counts the experts that decoding needs
     later = fresh_run("tiny", "later")
     for target in TARGETS:
         artifact = find_thresholds(search_request(later, target, strategy="exhaustive", grid=3)).artifact
@@ -199,6 +209,69 @@ def test_nearly_the_largest_ratio_can_be_had(policy: str, fresh_run: Fresh) -> N
     assert target <= result.skip_ratio <= target + TOLERANCE
 
 
+@pytest.mark.parametrize("decode", [0.2, 0.75])
+def test_a_target_for_decode_is_met_beside_the_other(decode: float, fresh_run: Fresh) -> None:
+    run = fresh_run("tiny")
+    (result,) = find_thresholds(search_request(run, 0.6, decode_target=decode)).artifact.results
+    assert (result.target, result.decode_target) == (0.6, decode)
+    assert 0.6 <= result.skip_ratio <= 0.6 + TOLERANCE
+    assert decode <= result.skip_ratio_per_group["decode"] <= decode + 0.1  # few tokens: a step is large
+    assert result.tau.keys() == {"text", "vision", "decode"}
+    # Beside the same target without one: both are kept, and chosen by name.
+    both = find_thresholds(search_request(run, 0.6)).artifact
+    assert [one.decode_target for one in both.results] == [None, decode]
+    assert select(both, 0.6).decode_target is None
+    assert select(both, None, decode) == result
+    with pytest.raises(BadOption, match=r"no thresholds for target `0.6 \(decode 0.5\)`"):
+        select(both, 0.6, 0.5)
+
+
+def test_the_price_list_is_measured_and_complete(fresh_run: Fresh) -> None:
+    run = fresh_run("tiny")
+    artifact = find_thresholds(search_request(run, 0.5, policy="grouped", frontier=True)).artifact
+    tokens = RunFolder(run).read(Calibration).tokens
+    largest = 1 - tokens["special"] / sum(tokens.values())
+    by_policy: dict[str, list[FrontierEntry]] = {}
+    for entry in artifact.frontier:
+        by_policy.setdefault(entry.policy, []).append(entry)
+    assert set(by_policy) == {"grouped", "modes"}
+    for entries in by_policy.values():
+        assert [entry.target for entry in entries] == [target for target in PRICED_TARGETS if target <= largest]
+        off = {entry.target: entry.skip_ratio - entry.target for entry in entries}
+        # Small targets are overshot: a layer without importance loses its pairs to any threshold.
+        assert all(-0.01 < one < 0.03 or target < 0.35 for target, one in off.items()), off
+        assert entries[-1].kl > entries[0].kl >= 0
+    assert artifact.model_passes > artifact.results[0].model_passes
+    again = find_thresholds(search_request(run, 0.5, policy="grouped", frontier=True))
+    assert again.reused
+
+
+def test_a_search_stopped_before_the_price_list_goes_on_with_it(fresh_run: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, run = fresh_run("tiny", "whole"), fresh_run("tiny")
+    find_thresholds(search_request(whole, 0.5, policy="dmt", frontier=True))
+    with monkeypatch.context() as patched:
+        patched.setattr("modes_cli.search.find.price_list", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            find_thresholds(search_request(run, 0.5, policy="dmt", frontier=True))
+    assert thresholds(run).frontier == []
+    assert not find_thresholds(search_request(run, 0.5, policy="dmt", frontier=True)).reused
+    assert content(run) == content(whole)
+
+
+def test_distinct_experts_are_between_one_and_all(searched: dict[str, Path]) -> None:
+    for run in searched.values():
+        calibration = RunFolder(run).read(Calibration)
+        for result in thresholds(run).results:
+            assert [one.batch for one in result.distinct_experts] == [1, 8, 64]
+            assert result.distinct_experts[0].full == calibration.top_k
+            skipped_alone = calibration.top_k * (1 - result.skip_ratio_per_group["decode"])
+            assert result.distinct_experts[0].skipped == pytest.approx(skipped_alone, rel=0.25, abs=0.3)
+            for one in result.distinct_experts:
+                assert one.skipped <= one.full <= calibration.experts
+            full = [one.full for one in result.distinct_experts]
+            assert full == sorted(full)
+
+
 def test_target_zero_skips_nothing_that_matters(fresh_run: Fresh) -> None:
     (result,) = find_thresholds(search_request(fresh_run("tiny"), 0.0)).artifact.results
     assert 0.0 <= result.skip_ratio <= TOLERANCE
@@ -210,7 +283,7 @@ def test_strategies_of_the_paper(strategy: str, grid: int, most: int, fresh_run:
     (result,) = artifact.results
     assert result.policy == "modes"
     assert result.skip_ratio >= 0.5
-    assert result.model_passes <= most
+    assert result.model_passes <= most + 1
     assert artifact.grid == grid
 
 
@@ -225,7 +298,8 @@ def test_a_text_model(tiny_text_moe_checkpoint: Path, tmp_path: Path) -> None:
     calibrate(calibration_request(tiny_text_moe_checkpoint, tmp_path, text_only=True))
     (result,) = find_thresholds(search_request(tmp_path, 0.4)).artifact.results
     assert 0.4 <= result.skip_ratio <= 0.4 + TOLERANCE
-    assert result.skip_ratio_per_group.keys() == {"text"}
+    assert result.skip_ratio_per_group.keys() == {"text", "decode"}
+    assert result.tau.keys() == {"text"}
 
 
 @pytest.mark.parametrize(

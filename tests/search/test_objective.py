@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from modes_cli.artifacts import Calibration
 from modes_cli.calibration.replay import answer_logits
 from modes_cli.data.sample import Sample
+from modes_cli.models.groups import with_decode
 from modes_cli.models.inputs import measuring_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.run_folder import RunFolder
-from modes_cli.search.auto import TRIAL_SHARE, candidates, choose
 from modes_cli.search.calibrated import Calibrated, model_spec, recalled
-from modes_cli.search.strategies import STRATEGIES
+from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import policy
 from tests.runs import SAMPLES
@@ -34,14 +34,14 @@ def tiny_again(calibrated: dict[str, Path]) -> Iterator[Recalled]:
 
 
 def rule(calibration: Calibration, text: float, vision: float) -> Rule:
-    return policy("dmt").rule(calibration, {"text": text, "vision": vision})
+    return policy("dmt").rule(Measured(calibration), {"text": text, "vision": vision})
 
 
 def test_skipping_nothing_does_no_damage_at_all(tiny_again: Recalled) -> None:
     calibration, again = tiny_again
     point = again.objective.measure(rule(calibration, 0.0, 0.0))
     assert (point.kl, point.skip_ratio, point.share) == (0.0, 0.0, 1.0)
-    assert point.per_layer == [0.0] * calibration.moe_layers
+    assert [layer["all"] for layer in point.per_layer] == [0.0] * calibration.moe_layers
 
 
 def test_skipping_all_skips_what_is_not_special(tiny_again: Recalled) -> None:
@@ -49,7 +49,7 @@ def test_skipping_all_skips_what_is_not_special(tiny_again: Recalled) -> None:
     point = again.objective.measure(rule(calibration, math.inf, math.inf))
     tokens = calibration.tokens
     assert point.skip_ratio == pytest.approx(1 - tokens["special"] / sum(tokens.values()), abs=1e-12)
-    assert point.per_group == {"text": 1.0, "vision": 1.0}
+    assert point.per_group == {"text": 1.0, "vision": 1.0, "decode": 1.0}
     assert point.kl > 0
 
 
@@ -61,7 +61,7 @@ def test_damage_and_ratio_by_definition(tiny: Loaded, tiny_again: Recalled, smal
     damage, answers, kept, total = 0.0, 0, 0, 0
     for sample in small_samples(SAMPLES)[:4]:
         batch = measuring_batch(tiny, [sample])
-        group = tiny.tokens.of(batch.inputs["input_ids"]).reshape(-1)
+        group = with_decode(tiny.tokens.of(batch.inputs["input_ids"]), batch.decoding).reshape(-1)
         full = answer_logits(tiny.model, batch).double().log_softmax(-1)
 
         def skipping(block, hidden, index, weights, group=group):  # type: ignore[no-untyped-def]
@@ -120,37 +120,20 @@ def test_passes_count_each_rule_once_and_parts_as_parts(tiny_again: Recalled) ->
     assert objective.passes - before == 2.5
 
 
-@pytest.mark.parametrize("passes", [4, 6, 12, 20])
-def test_auto_keeps_to_the_budget_whatever_trials_cost(passes: int, tiny_again: Recalled) -> None:
+def test_halves_of_the_samples_make_the_whole(
+    tiny: Loaded, tiny_again: Recalled, small_samples: Callable[..., list[Sample]]
+) -> None:
+    """Every other sample decides, whatever the batches are; each half measured alone gives its own number."""
     calibration, again = tiny_again
-    options = candidates("auto", "frontier", calibration, again.counts)
-    assert len(options) == 6
-    again.objective.forget()
-    before = again.objective.passes
-    winner, _, measured = choose(options, again.objective, 0.5, STRATEGIES["frontier"], 100, passes)
-    assert 0 < again.objective.passes - before <= passes
-    assert measured
-    if again.objective.part(TRIAL_SHARE) * len(options) > passes / 2:
-        assert winner.policy.name == "modes"  # no trials: the paper's rule
+    tested, samples = rule(calibration, 0.2, 0.27), small_samples(SAMPLES)
+    point = again.objective.measure(tested)
+    assert point.kl_selection != point.kl_held_out
+    ones, others = (_first_samples(tiny, samples[start::2], tested)[0] for start in (0, 1))
+    assert (point.kl_selection, point.kl_held_out) == (pytest.approx(ones, rel=1e-3), pytest.approx(others, rel=1e-3))
+    assert min(point.kl_selection, point.kl_held_out) < point.kl < max(point.kl_selection, point.kl_held_out)
 
 
-def test_auto_takes_the_candidate_with_least_damage(tiny_again: Recalled) -> None:
+def test_a_counted_histogram_of_pi_is_the_calibrations(tiny_again: Recalled) -> None:
     calibration, again = tiny_again
-    options = candidates("auto", "frontier", calibration, again.counts)
-    again.objective.forget()
-    winner, best, _ = choose(options, again.objective, 0.6, STRATEGIES["frontier"], 100, 20)
-    again.objective.forget()
-    others = [choose([option], again.objective, 0.6, STRATEGIES["frontier"], 100, 12)[1] for option in options]
-    assert best is not None
-    damages = [point.kl for point in others if point is not None]
-    assert best.kl <= sorted(damages)[len(damages) // 2]  # trials on a part may err, but not by much
-    assert winner in options
-
-
-@pytest.mark.parametrize(
-    ("name", "strategy", "tried"),
-    [("gmlg", "frontier", ["gmlg"]), ("auto", "two-pointer", ["modes"]), ("auto", "exhaustive", ["modes"])],
-)
-def test_a_named_policy_is_the_only_candidate(name: str, strategy: str, tried: list[str], tiny_again: Recalled) -> None:
-    calibration, again = tiny_again
-    assert [option.policy.name for option in candidates(name, strategy, calibration, again.counts)] == tried
+    flat = rule(calibration, 0.0, 0.0)
+    assert torch.equal(again.objective.histogram(flat), again.counts)

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from modes_cli.models.groups import TEXT, VISION
-from modes_cli.search.strategies import TOLERANCE, _grids, exhaustive, frontier, two_pointer
+from modes_cli.search.problem import TOLERANCE
+from modes_cli.search.strategies import _grids, exhaustive, frontier, two_pointer
 from tests.search.fakes import Damage, problem
 
 # Convex and rising in both shares; their best places lie at both ends and in the middle of the staircase's edge.
@@ -25,7 +25,8 @@ def finest(target: float, damage: Damage, error: Damage) -> float:
     """The least damage among two million pairs of shares."""
     staircase = problem(target, damage)[0].staircase
     t, v = np.linspace(0, 1, 2001)[:, None], np.linspace(0, 1, 1001)[None]
-    ratio = (t * staircase.pairs[TEXT] + v * staircase.pairs[VISION]) / staircase.total + error(t, v)  # type: ignore[arg-type]
+    text, vision = staircase.pairs(staircase.text), staircase.pairs(staircase.vision)
+    ratio = (t * text + v * vision) / staircase.total + error(t, v)  # type: ignore[arg-type]
     return float(np.where(ratio >= target, damage(t, v), np.inf).min())  # type: ignore[arg-type]
 
 
@@ -60,11 +61,11 @@ def test_one_threshold_takes_the_first_that_is_enough(strategy: object) -> None:
 
 def test_grids_run_from_nothing_to_everything() -> None:
     given, _ = problem(0.5, DAMAGES["even"])
-    for taus, group in zip(_grids(given, 7), (TEXT, VISION), strict=True):
+    for taus, group in zip(_grids(given, 7), (given.staircase.text, given.staircase.vision), strict=True):
         assert len(taus) == 7
         assert taus == sorted(taus)
         assert taus[0] == 0.0
-        assert given.staircase.skipped(group, taus[-1]) == given.staircase.pairs[group]
+        assert given.staircase.skipped(group, taus[-1]) == given.staircase.pairs(group)
 
 
 ERRORS: dict[str, Damage] = {
@@ -112,11 +113,12 @@ def test_a_ratio_that_moves_in_steps_ends_the_search(target: float) -> None:
     width = 0.2
 
     def rounded(t: float, v: float) -> float:
-        exact = (t * pairs[TEXT] + v * pairs[VISION]) / total
+        exact = (t * pairs(stairs.text) + v * pairs(stairs.vision)) / total
         return round(exact / width) * width - exact
 
     given, _ = problem(target, DAMAGES["even"], error=rounded)
-    pairs, total = given.staircase.pairs, given.staircase.total
+    stairs = given.staircase
+    pairs, total = stairs.pairs, stairs.total
     frontier(given, 100, PASSES)
     assert given.objective.passes <= PASSES
     feasible = [point.skip_ratio for point in given.measured if point.skip_ratio >= target]
@@ -126,11 +128,23 @@ def test_a_ratio_that_moves_in_steps_ends_the_search(target: float) -> None:
 def test_the_best_point_has_least_damage_then_fewest_skips() -> None:
     given, _ = problem(0.5, lambda t, v: 0.25)
     assert given.best() is None
-    grid = [given.staircase.tau_for(VISION, share) for share in (0.2, 0.85, 0.95)]
-    for text, vision in itertools.product((0.0, given.staircase.tau_for(TEXT, 0.5)), grid):
+    grid = [given.staircase.tau_for(given.staircase.vision, share) for share in (0.2, 0.85, 0.95)]
+    for text, vision in itertools.product((0.0, given.staircase.tau_for(given.staircase.text, 0.5)), grid):
         given.at(text, vision)
     best = given.best()
     assert best is not None
     assert best.skip_ratio == min(point.skip_ratio for point in given.measured if point.skip_ratio >= 0.5)
     part = given.at(0.0, grid[0], share=0.25)
     assert not any(point is part for point in given.measured)
+
+
+@pytest.mark.parametrize("decode", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_frontier_with_a_target_for_decode(target: float, decode: float) -> None:
+    given, objective = problem(target, DAMAGES["even"], error=ERRORS["too low"], decode=decode)
+    frontier(given, 100, PASSES)
+    best = given.best()
+    assert best is not None
+    assert target <= best.skip_ratio <= target + TOLERANCE
+    assert decode <= best.per_group["decode"] <= decode + 0.02
+    assert objective.passes <= PASSES

@@ -12,8 +12,21 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from modes_cli.models.blocks import MoEBlock
-from modes_cli.models.groups import GROUPS
-from modes_cli.skipping.policy import Rule
+from modes_cli.models.groups import DECODE, GROUPS, SPECIAL, TEXT, VISION, TokenGroups
+from modes_cli.skipping.policy import Rule, tau_vector
+
+
+def groups(tokens: TokenGroups, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B * S,) int32, token by token: as its id says, but `decode` if it is text and the last of its row that `mask` has."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    rows = []
+    for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
+        group = [VISION if i in tokens.vision_ids else SPECIAL if i in tokens.special_ids else TEXT for i in row]
+        last = max((place for place, token in enumerate(real) if token), default=None)
+        if last is not None and group[last] == TEXT:
+            group[last] = DECODE
+        rows += group
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 def keep(rule: Rule, pi: Tensor, layer: int, group: Tensor) -> Tensor:
@@ -123,9 +136,10 @@ def counting(inner: Any) -> Iterator[Computed]:
         inner.set_experts_implementation(before)
 
 
-def rule(layers: int, text: float, vision: float, *, seed: int | None = None) -> Rule:
-    """Thresholds for text and vision; score scales of 1, or random ones around it."""
+def rule(layers: int, text: float, vision: float, *, decode: float | None = None, seed: int | None = None) -> Rule:
+    """Thresholds, decode's that of text unless it has one of its own; score scales of 1, or random ones around it."""
     scale = torch.ones(layers, len(GROUPS))
     if seed is not None:
-        scale[:, :2] = 0.2 + 1.6 * torch.rand(layers, 2, generator=torch.Generator().manual_seed(seed))
-    return Rule(scale, torch.tensor([text, vision, 0.0]))
+        scale[:, [TEXT, VISION, DECODE]] = 0.2 + 1.6 * torch.rand(layers, 3, generator=torch.Generator().manual_seed(seed))
+    tau = {"text": text, "vision": vision}
+    return Rule(scale, tau_vector(tau if decode is None else {**tau, "decode": decode}))

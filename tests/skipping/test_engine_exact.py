@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modes_cli.data.sample import Sample
-from modes_cli.models.groups import TokenGroups
+from modes_cli.models.groups import DECODE, TEXT, VISION, TokenGroups
 from modes_cli.models.inputs import prompt_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.skipping.engine import SkipEngine
@@ -112,18 +112,35 @@ def test_dropping_a_layer_is_zeroing_its_routed_experts(qwen: Subject) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("groups", [(TEXT,), (DECODE,), (TEXT, DECODE), (VISION, DECODE)])
+def test_dropping_some_groups_of_a_layer(groups: tuple[int, ...], qwen: Subject) -> None:
+    from modes_cli.skipping.engine import Drop
+
+    lost = torch.isin(reference.groups(TOKENS, qwen.inputs["input_ids"], qwen.inputs["attention_mask"]), torch.tensor(groups))
+    last = qwen.blocks[-1].index
+    with qwen.engine() as engine, reference.listening(qwen.blocks) as calls:
+        qwen.model(**qwen.inputs)
+        with engine.using(drop=Drop(last, groups)):
+            qwen.model(**qwen.inputs)
+    full, dropped = calls[last].output, calls[-1].output
+    assert lost.any()
+    assert not dropped[lost].any()
+    torch.testing.assert_close(dropped[~lost], full[~lost], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
 def test_a_drop_counts_beside_a_rule(qwen: Subject) -> None:
     """Dropping one layer's vision tokens under a rule: what the rule keeps elsewhere stays."""
     from modes_cli.skipping.engine import Drop
 
     rule = reference.rule(len(qwen.blocks), 0.2, 0.2, seed=3)
-    with qwen.engine() as engine, reference.listening(qwen.blocks) as calls, engine.using(rule=rule, drop=Drop(1, group=1)):
+    with qwen.engine() as engine, reference.listening(qwen.blocks) as calls, engine.using(rule=rule, drop=Drop(1, (VISION,))):
         qwen.model(**qwen.inputs)
-    group = TOKENS.of(qwen.inputs["input_ids"]).reshape(-1)
+    group = reference.groups(TOKENS, qwen.inputs["input_ids"], qwen.inputs["attention_mask"])
     for call in calls:
         kept = reference.keep(rule, reference.probability(call.weights), call.block.index, group)
         if call.block.index == 1:
-            kept[group == 1] = False
+            kept[group == VISION] = False
         torch.testing.assert_close(
             call.output, reference.experts_output(call.block, call.hidden, call.index, call.weights, kept), atol=1e-5, rtol=1e-4
         )

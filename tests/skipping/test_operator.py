@@ -12,6 +12,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from modes_cli.errors import KernelError
 from modes_cli.models.blocks import find_moe_blocks
+from modes_cli.models.groups import VISION
 from modes_cli.runtime import libraries
 from modes_cli.skipping.engine import Drop
 from modes_cli.skipping.operator import BlockOperator
@@ -59,7 +60,8 @@ def test_every_family_in_every_dtype(family: str, dtype: torch.dtype, subject: C
     with it.engine() as engine:
         calls, names = forward(it, engine)
         assert names == {"modes"}
-        rule, group = reference.rule(len(it.blocks), 0.22, 0.3, seed=5), TOKENS.of(it.inputs["input_ids"]).reshape(-1)
+        rule = reference.rule(len(it.blocks), 0.22, 0.3, seed=5)
+        group = reference.groups(TOKENS, it.inputs["input_ids"], it.inputs["attention_mask"])
         for call in calls:
             kept = reference.keep(rule, reference.probability(call.weights), call.block.index, group)
             exact = reference.experts_output(call.block, call.hidden, call.index, call.weights, kept)
@@ -91,15 +93,15 @@ def test_calls_that_keep_all_pairs_do_not_even_compare(qwen: Subject) -> None:
 
 @torch.no_grad()
 def test_a_drop_without_a_rule_keeps_the_bits_of_the_full_forward(qwen: Subject) -> None:
-    group = TOKENS.of(qwen.inputs["input_ids"]).reshape(-1)
+    group = reference.groups(TOKENS, qwen.inputs["input_ids"], qwen.inputs["attention_mask"])
     last = qwen.blocks[-1].index
     with qwen.engine() as engine, reference.listening(qwen.blocks) as calls:
         qwen.model(**qwen.inputs)
-        with engine.using(drop=Drop(last, group=1)):
+        with engine.using(drop=Drop(last, (VISION,))):
             qwen.model(**qwen.inputs)
     full, dropped = calls[last].output, calls[-1].output
-    assert not dropped[group == 1].any()
-    torch.testing.assert_close(dropped[group != 1], full[group != 1], atol=1e-6, rtol=1e-6)
+    assert not dropped[group == VISION].any()
+    torch.testing.assert_close(dropped[group != VISION], full[group != VISION], atol=1e-6, rtol=1e-6)
     assert {it.name for it in engine.implementations} == {"transformers"}
 
 

@@ -5,19 +5,17 @@ import pytest
 import torch
 from hypothesis import given
 
-from modes_cli.models.groups import GROUPS
+from modes_cli.models.groups import AUDIO, DECODE, GROUPS, SPECIAL, TEXT, VISION
 from modes_cli.skipping.statistics import PHASES, PairCounts
 
-calls = st.lists(
-    st.tuples(st.integers(0, 1), st.integers(0, 2), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=9)),
-    max_size=6,
-)
+tokens = st.lists(st.tuples(st.integers(0, len(GROUPS) - 1), st.integers(0, 4)), max_size=9)
+calls = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), tokens), max_size=6)
 
 
 @given(calls=calls)
 def test_counts_are_sums_over_calls_by_phase_layer_and_group(calls: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
     counts = PairCounts(layers=3)
-    kept, total = torch.zeros(2, 3, 3, dtype=torch.int64), torch.zeros(2, 3, 3, dtype=torch.int64)
+    kept, total = (torch.zeros(len(PHASES), 3, len(GROUPS), dtype=torch.int64) for _ in range(2))
     for phase, layer, tokens in calls:
         group, per_token = (torch.tensor([token[i] for token in tokens], dtype=torch.int64) for i in range(2))
         counts.add(phase, layer, group, per_token, top_k=4)
@@ -31,17 +29,19 @@ def test_counts_are_sums_over_calls_by_phase_layer_and_group(calls: list[tuple[i
 
 def test_ratios() -> None:
     counts = PairCounts(layers=2)
-    group = torch.tensor([0, 0, 1, 2])
+    group = torch.tensor([TEXT, TEXT, VISION, SPECIAL])
     counts.add(0, 0, group, torch.tensor([4, 2, 1, 4]), top_k=4)
     counts.add(1, 1, group[:1], torch.tensor([0]), top_k=4)
     assert counts.per_group() == {"text": 0.5, "vision": 0.75}  # special is not listed ...
     assert counts.skip_ratio() == 1 - 11 / 20  # ... but counted
-    assert counts.per_layer() == [1 - 11 / 16, 1.0]
+    assert counts.per_layer() == [{"all": 1 - 11 / 16, "text": 0.25, "vision": 0.75}, {"all": 1.0, "text": 1.0}]
+    counts.add(1, 0, torch.tensor([DECODE, AUDIO]), torch.tensor([1, 4]), top_k=4)
+    assert counts.per_group() == {"text": 0.5, "vision": 0.75, "decode": 0.75, "audio": 0.0}
 
 
 def test_a_group_without_tokens_is_left_out_and_nothing_is_no_skipping() -> None:
     counts = PairCounts(layers=1)
-    assert (counts.skip_ratio(), counts.per_group(), counts.per_layer()) == (0.0, {}, [0.0])
+    assert (counts.skip_ratio(), counts.per_group(), counts.per_layer()) == (0.0, {}, [{"all": 0.0}])
     counts.add(0, 0, torch.tensor([0]), torch.tensor([1]), top_k=2)
     assert counts.per_group() == {"text": 0.5}
 

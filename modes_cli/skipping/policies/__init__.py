@@ -1,5 +1,35 @@
 """One policy per file. A new one is a new file and a line here."""
 
-from modes_cli.skipping.policies import dmt, gmlg, modes, tempered, threshold
+from modes_cli.skipping.policies import (
+    diep,
+    dmt,
+    gmlg,
+    grouped,
+    mcmoe,
+    modes,
+    naee,
+    norm,
+    predicted,
+    random,
+    tempered,
+    threshold,
+    topk,
+    topp,
+)
 
-__all__ = ["dmt", "gmlg", "modes", "tempered", "threshold"]
+__all__ = [
+    "diep",
+    "dmt",
+    "gmlg",
+    "grouped",
+    "mcmoe",
+    "modes",
+    "naee",
+    "norm",
+    "predicted",
+    "random",
+    "tempered",
+    "threshold",
+    "topk",
+    "topp",
+]

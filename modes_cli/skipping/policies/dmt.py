@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
+from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Policy, register
 
 
 @register("dmt")
 class DualModalityThresholding(Policy):
-    def scale(self, importance: Tensor) -> Tensor:
-        return torch.ones_like(importance[:, :2])
+    automatic = True
+
+    def scale(self, measured: Measured) -> Tensor:
+        return torch.ones(measured.layers, len(GROUPS), dtype=torch.float64)

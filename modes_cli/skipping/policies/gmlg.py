@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from modes_cli.skipping.policy import Policy, register
+from modes_cli.skipping.measured import Measured
+from modes_cli.skipping.policy import Policy, by_modality, register
 
 
 @register("gmlg")
 class GlobalModulatedLocalGating(Policy):
     one_threshold = True
 
-    def scale(self, importance: Tensor) -> Tensor:
-        return importance[:, :1].expand(-1, 2)
+    def scale(self, measured: Measured) -> Tensor:
+        alpha = measured.alpha("all")
+        return by_modality(alpha, alpha)

@@ -5,15 +5,18 @@ others. A power below 1 lessens that; 0 is `dmt`, 1 is `modes`. With `per_modali
 modality, as the authors' release does: s = alpha[layer, modality] ** power * pi.
 """
 
-import torch
 from torch import Tensor
 
 from modes_cli.errors import BadOption
-from modes_cli.skipping.policy import Policy, register
+from modes_cli.skipping.measured import Measured
+from modes_cli.skipping.policy import Policy, by_modality, register, tempered
 
 
 @register("tempered")
 class Tempered(Policy):
+    variants = tuple({"power": power, "per_modality": by} for by in (0.0, 1.0) for power in (0.5, 0.25, 0.125))
+    automatic = True
+
     def __init__(self, power: float = 0.25, per_modality: float = 0.0) -> None:
         if not 0 <= power <= 1 or per_modality not in (0, 1):
             raise BadOption(
@@ -22,8 +25,7 @@ class Tempered(Policy):
             )
         super().__init__(power=float(power), per_modality=float(per_modality))
 
-    def scale(self, importance: Tensor) -> Tensor:
-        alpha = importance[:, 1:] if self.parameters["per_modality"] else importance[:, :1].expand(-1, 2)
-        if self.parameters["power"] == 0:
-            return torch.ones_like(alpha)  # `dmt`, also where a layer does not matter at all
-        return torch.where(alpha > 0, alpha.clamp_min(1e-300) ** self.parameters["power"], torch.zeros_like(alpha))
+    def scale(self, measured: Measured) -> Tensor:
+        power = self.parameters["power"]
+        text, vision = ("text", "vision") if self.parameters["per_modality"] else ("all", "all")
+        return by_modality(tempered(measured.alpha(text), power), tempered(measured.alpha(vision), power))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Policy, register
 
 
@@ -10,5 +12,5 @@ from modes_cli.skipping.policy import Policy, register
 class Threshold(Policy):
     one_threshold = True
 
-    def scale(self, importance: Tensor) -> Tensor:
-        return torch.ones_like(importance[:, :2])
+    def scale(self, measured: Measured) -> Tensor:
+        return torch.ones(measured.layers, len(GROUPS), dtype=torch.float64)
