@@ -17,9 +17,9 @@ from typing import Any
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "search-digits.json"
 TARGETS = ("0.5", "0.67", "0.75", "0.83", "0.88")
 WAYS = {
-    "frontier": ["--policy", "modes", "--strategy", "frontier"],
-    "two-pointer": ["--policy", "modes", "--strategy", "two-pointer", "--grid", "100"],
-    "auto": [],
+    "frontier": ["--policy", "modes:per_modality=0", "--strategy", "frontier", "--no-frontier"],
+    "two-pointer": ["--policy", "modes:per_modality=0", "--strategy", "two-pointer", "--grid", "100", "--no-frontier"],
+    "auto": ["--no-frontier"],
 }
 
 

@@ -22,7 +22,7 @@ def search(
         typer.Option(help="Share of (token, expert) pairs to skip, 0 to 1. Repeatable.  (default: 0.75)", show_default=False),
     ] = None,
     policy: Annotated[
-        str, typer.Option(help="Rule that decides what to skip; auto takes the one with the least damage.")
+        str, typer.Option(help="Rule that decides what to skip, as `tempered` or `tempered:power=0.5`; auto: the least damage.")
     ] = "auto",
     strategy: Annotated[
         options.Strategy, typer.Option(help="How to look; the last two are the paper's, for comparison.")

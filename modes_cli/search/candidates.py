@@ -12,7 +12,7 @@ from modes_cli.search.problem import Candidate
 from modes_cli.search.scoring import common_scale
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Policy, Rule
-from modes_cli.skipping.registry import automatic_policies, policy, variants
+from modes_cli.skipping.registry import automatic_policies, named, variants
 
 AUTO = "auto"
 PAPER = "modes"
@@ -45,12 +45,13 @@ class ScoreCounts:
 
 
 def candidates(name: str, strategy: str, measured: Measured, scores: ScoreCounts) -> list[Candidate]:
-    """The policies to try: all variants of the one that was named, or with `auto` of those that say so; the paper's first.
+    """The policies to try: all variants of the one that was named (one, if its parameters were), or with `auto` of those that
+    say so; the paper's first.
 
     The paper's own strategies take one variant, and with `auto` the paper's own policy.
     """
     if strategy != "frontier":
-        tried: Sequence[Policy] = [policy(PAPER if name == AUTO else name)]
+        tried: Sequence[Policy] = [named(PAPER if name == AUTO else name)]
     elif name != AUTO:
         tried = variants(name)
     else:

@@ -20,9 +20,31 @@ def policy(name: str, **parameters: Any) -> Policy:
     return REGISTRY[name](**parameters)
 
 
-def variants(name: str) -> list[Policy]:
-    """A policy with each of the parameters that a search tries. Raises BadOption as `policy`."""
-    return [policy(name, **parameters) for parameters in type(policy(name)).variants]
+def named(text: str) -> Policy:
+    """A policy as the command line names it: `tempered`, or with parameters `tempered:power=0.5,per_modality=1`.
+
+    Raises:
+        BadOption: no such policy or parameter, or a value that is no number.
+    """
+    name, _, given = text.partition(":")
+    made = policy(name)
+    parameters: dict[str, float] = {}
+    for part in given.split(",") if given else ():
+        key, _, value = part.partition("=")
+        if key not in made.parameters:
+            known = ", ".join(made.parameters) or "none"
+            raise BadOption(f"policy `{name}` has no parameter `{key}`", hint=f"its parameters: {known}")
+        try:
+            parameters[key] = float(value)
+        except ValueError:
+            raise BadOption(f"`{part}` is no parameter", hint=f"for example `{name}:{key}={made.parameters[key]:g}`") from None
+    return policy(name, **parameters) if parameters else made
+
+
+def variants(text: str) -> list[Policy]:
+    """A policy with each of the parameters that a search tries, or with those that were named. Raises BadOption as `named`."""
+    made = named(text)
+    return [made] if ":" in text else [policy(text, **parameters) for parameters in type(made).variants]
 
 
 def automatic_policies(first: str) -> list[Policy]:

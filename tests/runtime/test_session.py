@@ -12,7 +12,7 @@ import modes_cli
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadArtifact, BadData, BadOption
 from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
-from modes_cli.models.inputs import prompt_batch
+from modes_cli.models.inputs import end_ids, prompt_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.requests import GenerateRequest, ModelSpec
 from modes_cli.runtime.generate import generate, open_image
@@ -195,7 +195,7 @@ def test_generates_the_same_text(
     """And counts the same tokens, in the same groups, also when a sample of the batch has ended."""
     loaded, engine = reference
     tau = TAU if decode is None else {**TAU, "decode": decode}
-    monkeypatch.setattr(engine, "pad_id", loaded.tokenizer.pad_token_id)
+    monkeypatch.setattr(engine, "ended", (*end_ids(loaded), loaded.tokenizer.pad_token_id))
     for samples in (BATCHES["several images"], BATCHES["no image"]):
         engine.rule = Rule(SCALE, tau_vector(tau))
         engine.counts.reset()

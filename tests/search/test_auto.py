@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modes_cli.artifacts import Calibration
+from modes_cli.errors import BadOption
 from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.alternatives import Found, alternatives
@@ -117,6 +118,8 @@ def again(calibrated: dict[str, Path]) -> Iterator[Again]:
     [
         ("gmlg", "frontier", ["gmlg"]),
         ("modes", "frontier", ["modes", "modes"]),
+        ("modes:per_modality=1", "frontier", ["modes"]),
+        ("tempered:power=0.75", "two-pointer", ["tempered"]),
         ("auto", "two-pointer", ["modes"]),
         ("auto", "exhaustive", ["modes"]),
     ],
@@ -125,6 +128,19 @@ def test_a_named_policy_is_tried_in_its_variants_only(name: str, strategy: str, 
     measured, calibrated = again
     made = candidates(name, strategy, measured, ScoreCounts(calibrated.counts, calibrated.objective))
     assert [option.policy.name for option in made] == tried
+    given = name.partition(":")[2]
+    if given:
+        key, _, value = given.partition("=")
+        assert made[0].policy.parameters[key] == float(value)
+
+
+@pytest.mark.parametrize(
+    "name", ["magic", "tempered:power", "tempered:power=x", "tempered:force=1", "modes:per_modality=2", "dmt:power=1"]
+)
+def test_policies_and_parameters_that_do_not_exist_are_refused(name: str, again: Again) -> None:
+    measured, calibrated = again
+    with pytest.raises(BadOption, match="`"):
+        candidates(name, "frontier", measured, ScoreCounts(calibrated.counts, calibrated.objective))
 
 
 def test_auto_tries_the_papers_rule_first(again: Again) -> None:
