@@ -32,8 +32,9 @@ from modes_cli.models.profiling import profile_model
 from modes_cli.requests import ExportRequest, ModelSpec, ProfileRequest
 from modes_cli.runtime.torch_model import TorchRuntime, open_model
 from modes_cli.search import find_thresholds
-from modes_cli.skipping.engine import Drop, Routing, SkipEngine
+from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule, tau_vector
+from modes_cli.skipping.routing import Drop, Routing
 from tests.checkpoint_families import EXPERTS, FAMILIES, FIRST_NEW, IMAGE, SquareImages, write_family
 from tests.checkpoints import reference_config, small_samples
 from tests.families import spread

@@ -93,6 +93,14 @@ class Thresholds(Artifact):
     model_passes: NonNegative
     grid: Positive
 
+    def groups_with_tau(self) -> list[str]:
+        """Token groups that some result has a threshold for."""
+        return list(dict.fromkeys(group for one in self.results for group in one.tau))
+
+    def groups_counted(self) -> list[str]:
+        """Token groups that some result has a skip ratio of."""
+        return list(dict.fromkeys(group for one in self.results for group in one.skip_ratio_per_group))
+
     @model_validator(mode="after")
     def _targets_differ(self) -> "Thresholds":
         targets = [(result.target, -1.0 if result.decode_target is None else result.decode_target) for result in self.results]

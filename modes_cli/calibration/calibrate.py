@@ -24,8 +24,9 @@ from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.requests import CalibrateRequest, Outcome
 from modes_cli.run_folder import RunFolder
-from modes_cli.skipping.engine import Drop, Routing, SkipEngine
+from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.measured import ABSENT
+from modes_cli.skipping.routing import Drop, Routing
 
 TENSORS = "calibration.safetensors"
 # What loses a layer's routed experts, by column of the importance table.

@@ -15,8 +15,8 @@ from modes_cli.calibration import ridge
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.router import Router, find_router
-from modes_cli.skipping.engine import Routing
 from modes_cli.skipping.predictor import features
+from modes_cli.skipping.routing import Routing
 
 CHUNK = 64 << 20  # bytes of expert outputs that are in memory at a time
 MOST = 2 << 30  # bytes of sums of one kind; twice that is needed while a batch is added

@@ -8,8 +8,6 @@ import typer
 from modes_cli import console, options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from modes_cli.artifacts import Thresholds
 
 
@@ -108,8 +106,7 @@ def result(found: "Thresholds") -> dict[str, Any]:
 
 def tables(found: "Thresholds") -> list[Any]:
     """What people get of a search."""
-    taus = _present([one.tau for one in found.results])
-    groups = _present([one.skip_ratio_per_group for one in found.results])
+    taus, groups = found.groups_with_tau(), found.groups_counted()
     columns = ["target", "policy", *(f"tau {group}" for group in taus), "skipped", *groups, "KL", "held out"]
     rows = [
         [
@@ -129,11 +126,6 @@ def tables(found: "Thresholds") -> list[Any]:
 
         shown += [_prices(found), frontier_plot(_lines(found))]
     return [*shown, f"{found.model_passes:.1f} passes over the calibration set"]
-
-
-def _present(given: "Sequence[Mapping[str, float]]") -> list[str]:
-    """Token groups that any of them names."""
-    return list(dict.fromkeys(group for one in given for group in one))
 
 
 def _named(policy: str, parameters: dict[str, float]) -> str:

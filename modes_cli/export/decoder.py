@@ -20,8 +20,9 @@ from modes_cli.export.thresholds import PREFIX
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import GROUPS, TokenGroups, groups_by_id, last_real, with_decode
 from modes_cli.skipping import pairs
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula
-from modes_cli.skipping.policy import Pairs, Rule, scale_of
+from modes_cli.skipping.policy import Rule, scale_of
 
 CONTRIBUTION = PREFIX.rstrip(".")  # the module that stands for the formula's tensors
 PADDING = len(GROUPS)  # a group that only the graph knows: tau is infinite, so padding costs no expert work

@@ -17,7 +17,8 @@ from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import Loaded, load, versions
 from modes_cli.requests import Outcome, ProfileRequest
 from modes_cli.run_folder import RunFolder
-from modes_cli.skipping.engine import Routing, SkipEngine
+from modes_cli.skipping.engine import SkipEngine
+from modes_cli.skipping.routing import Routing
 
 
 def profile_model(request: ProfileRequest) -> Outcome[Profile]:

@@ -61,7 +61,7 @@ def importance(found: Calibration) -> Section:
 
 def skipping(found: Thresholds) -> Section:
     targets = [target_name(one.target, one.decode_target) for one in found.results]
-    groups = [group for group in found.groups if any(group in one.skip_ratio_per_group for one in found.results)]
+    groups = found.groups_counted()
     by_group = [[one.skip_ratio, *(one.skip_ratio_per_group.get(group) for group in groups)] for one in found.results]
     names = ["all", *groups]
     overview = charts.heat("Skip ratio per target and token group", targets, names, by_group)

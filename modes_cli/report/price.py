@@ -88,7 +88,7 @@ def _point(policy: str, parameters: dict[str, float], skip_ratio: float, kl: flo
 
 
 def _chosen(found: Thresholds) -> Table:
-    groups = [group for group in found.groups if any(group in one.tau for one in found.results)]
+    groups = found.groups_with_tau()
     columns = ["target", "policy", *(f"tau, {group_name(group)}" for group in groups)]
     columns += ["skipped", "predicted", "KL", "KL, choosing half", "KL, held-out half", "passes"]
     rows = []

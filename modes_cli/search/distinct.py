@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modes_cli.artifacts.thresholds import DistinctExperts
 from modes_cli.models.groups import DECODE
-from modes_cli.skipping.engine import Routing
+from modes_cli.skipping.routing import Routing
 
 Ids = NDArray[np.int64]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from modes_cli.calibration.scores import ScoreHistogram
-from modes_cli.skipping.engine import Routing
 from modes_cli.skipping.policy import Rule
+from modes_cli.skipping.routing import Routing
 
 
 class Listener(Protocol):

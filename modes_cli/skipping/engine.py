@@ -16,73 +16,27 @@ through their layout (`modes_cli.models.layouts`).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from modes_cli.errors import ModesError
 from modes_cli.models.blocks import MoEBlock
-from modes_cli.models.groups import SPECIAL, TEXT, VISION, TokenGroups, last_real, with_decode
+from modes_cli.models.groups import TokenGroups, last_real, with_decode
 from modes_cli.models.layouts import Computed, replace_forward
 from modes_cli.runtime.devices import asynchronous, refuse_while_capturing
 from modes_cli.skipping import pairs
 from modes_cli.skipping.attention import AttentionReceived
+from modes_cli.skipping.contribution import Pairs
+from modes_cli.skipping.interface import experts_forward, interface_base, set_implementation
 from modes_cli.skipping.operator import Base, BlockOperator, Implementation
 from modes_cli.skipping.placed import Placed, cannot_capture, placeable
-from modes_cli.skipping.policy import Pairs, Rule
+from modes_cli.skipping.policy import Rule
+from modes_cli.skipping.routing import Drop, Routing
 from modes_cli.skipping.statistics import PairCounts
-
-IMPLEMENTATION = "modes"
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Which routed experts contribute nothing, for measuring importance: a layer's, for all tokens or for some groups."""
-
-    layer: int  # among the MoE layers
-    groups: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Routing:
-    """One layer's routing in one forward, of real tokens only.
-
-    Attributes:
-        pi: (tokens, k) float32.
-        experts: (tokens, k).
-        group: (tokens,) int32.
-        hidden: (tokens, H), what the experts are given.
-        compute: (rows [n, H], experts [n, 1], weights [n, 1]) -> [n, H], the block's own implementation.
-        block: whose layer it is.
-        score: (tokens, k) float32, what the rule in force compares with its threshold; None without one.
-        keep: (tokens, k) bool, what that rule keeps.
-    """
-
-    layer: int
-    pi: Tensor
-    experts: Tensor
-    group: Tensor
-    hidden: Tensor
-    compute: Base
-    block: MoEBlock
-    score: Tensor | None = None
-    keep: Tensor | None = None
-
-    @classmethod
-    def real(
-        cls, pairs: Pairs, real: Tensor, compute: Base, block: MoEBlock, score: Tensor | None, keep: Tensor | None
-    ) -> "Routing":
-        """Without padding; `real` is (tokens,) bool."""
-        assert pairs.experts is not None
-        assert pairs.hidden is not None
-        chosen, kept = (None if whole is None else whole[real] for whole in (score, keep))
-        pi, experts, group, hidden = (part[real] for part in (pairs.pi, pairs.experts, pairs.group, pairs.hidden))
-        return cls(pairs.layer, pi, experts, group, hidden, compute, block, chosen, kept)
 
 
 class SkipEngine:
@@ -143,7 +97,7 @@ class SkipEngine:
             if block.layout is not None:
                 moe = self.model.get_submodule(block.moe)
                 self._undo.append(block.layout.install(moe, tuple(part.name for part in block.sets), self))
-        self._set_implementation()
+        self._undo += set_implementation(self.model)
 
     def _install_set(self, block: MoEBlock) -> None:
         experts: Any = block.experts
@@ -152,21 +106,11 @@ class SkipEngine:
         if own is not None:
             experts._modes_base = own
         elif hasattr(experts, "_is_expert_parallel"):  # the mark that transformers' decorator leaves
-            experts._modes_base = _interface_base(experts)
+            experts._modes_base = interface_base(experts)
         else:
             experts._modes_base = experts.forward
-            self._undo.append(replace_forward(experts, partial(_experts_forward, experts)))
+            self._undo.append(replace_forward(experts, partial(experts_forward, experts)))
         self._operators[block.name] = BlockOperator(block, experts._modes_base)
-
-    def _set_implementation(self) -> None:
-        # Wrapper classes refuse set_experts_implementation; the inner model that owns the experts takes it.
-        for module in self.model.modules():
-            if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
-                if not any(hasattr(m, "_modes_engine") and hasattr(m, "_is_expert_parallel") for m in module.modules()):
-                    continue  # a vision tower with experts of its own
-                before = module.config._experts_implementation
-                module.set_experts_implementation(IMPLEMENTATION)
-                self._undo.append(partial(module.set_experts_implementation, before))
 
     def remove(self) -> None:
         """Give the model back as it was."""
@@ -262,7 +206,7 @@ class SkipEngine:
         if self.watch is not None:
             self.watch(Routing.real(seen, real, base, block, score, keep))
         if self.drop is not None and drops:
-            kept_tokens = ~_lost(self.drop, group)[:, None].expand_as(weights)
+            kept_tokens = ~self.drop.lost(group)[:, None].expand_as(weights)
             keep = kept_tokens if keep is None else keep & kept_tokens
         kept = index.numel() if keep is None else int(keep.sum())
         if keep is None or kept == index.numel():
@@ -374,29 +318,3 @@ _routed_outside_the_graph: Callable[..., Tensor | None] = torch.compiler.disable
 def _placed_score(placed: Placed, block: MoEBlock, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """(tokens, k) float32: what the rule in use compares with its thresholds, computed on the device."""
     return placed.score(Pairs(block.index, pairs.score(block, weights), placed.group, index, hidden))
-
-
-def _lost(drop: Drop, group: Tensor) -> Tensor:
-    """(tokens,) bool: whose routed experts contribute nothing."""
-    if drop.groups is None:
-        return torch.ones_like(group, dtype=torch.bool)
-    return torch.stack([group == lost for lost in drop.groups]).any(0)
-
-
-def _interface_base(experts: Any) -> Base:
-    """The implementation that was configured before ours, bound to this module."""
-    name = experts.config._experts_implementation
-    function = type(experts).forward.__wrapped__ if name in (None, "eager") else ALL_EXPERTS_FUNCTIONS[name]
-    return lambda hidden, index, weights: function(experts, hidden, index, weights)
-
-
-def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    engine: SkipEngine | None = getattr(self, "_modes_engine", None)
-    if engine is None:
-        raise ModesError(f"`{type(self).__name__}` is set to the `modes` experts implementation, but no engine is installed")
-    return engine.experts(self._modes_block, self._modes_base, hidden_states, top_k_index, top_k_weights)
-
-
-ExpertsInterface.register(IMPLEMENTATION, _experts_forward)
-
-__all__ = ["IMPLEMENTATION", "SPECIAL", "TEXT", "VISION", "Drop", "Routing", "SkipEngine"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modes_cli.runtime.devices import refuse_while_capturing
-from modes_cli.skipping.policy import Contribution, Pairs
+from modes_cli.skipping.contribution import Contribution, Pairs
 
 ONE = 2**24  # fixed point: sums of such integers do not depend on their order
 _PRIME = 2**31 - 1

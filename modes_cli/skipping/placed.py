@@ -15,8 +15,9 @@ from torch import Tensor
 from modes_cli.errors import KernelError
 from modes_cli.models.groups import GROUPS, TokenGroups, groups_by_id
 from modes_cli.runtime.devices import refuse_while_capturing
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula
-from modes_cli.skipping.policy import Pairs, Rule, scale_of
+from modes_cli.skipping.policy import Rule, scale_of
 from modes_cli.skipping.statistics import PairCounts
 
 _G = len(GROUPS)

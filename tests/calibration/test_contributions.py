@@ -22,10 +22,11 @@ from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.models.router import find_router
 from modes_cli.run_folder import RunFolder
-from modes_cli.skipping.engine import Routing, SkipEngine
+from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.predictor import features, log_norms
 from modes_cli.skipping.registry import policy
+from modes_cli.skipping.routing import Routing
 from tests import families
 from tests.families import FAMILIES
 from tests.runs import calibration_request, content

@@ -18,7 +18,8 @@ from modes_cli.models.groups import TokenGroups
 from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.requests import ModelSpec
-from modes_cli.skipping.engine import Drop, SkipEngine
+from modes_cli.skipping.engine import SkipEngine
+from modes_cli.skipping.routing import Drop
 from tests.families import FAMILIES, TOKENS
 
 IN_MEMORY = [name for name in FAMILIES if name != "qwen3_vl_moe"]  # that one is `tiny`

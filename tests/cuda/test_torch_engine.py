@@ -14,8 +14,9 @@ import torch
 from modes_cli.errors import KernelError
 from modes_cli.models.groups import DECODE, GROUPS, SPECIAL, VISION
 from modes_cli.runtime import libraries
-from modes_cli.skipping.engine import Drop, SkipEngine
-from modes_cli.skipping.policy import Contribution, Pairs
+from modes_cli.skipping.contribution import Contribution, Pairs
+from modes_cli.skipping.engine import SkipEngine
+from modes_cli.skipping.routing import Drop
 from modes_cli.skipping.statistics import PairCounts
 from tests.cuda.as_gpu import Emulated, install, watching, watching_the_engine
 from tests.families import FAMILIES, TOKENS

@@ -27,9 +27,10 @@ from modes_cli.run_folder import RunFolder
 from modes_cli.runtime.generate import generate
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.runtime.torch_model import TorchRuntime, open_model
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula, Sizes
 from modes_cli.skipping.measured import Measured
-from modes_cli.skipping.policy import REGISTRY, Pairs, routing_probability
+from modes_cli.skipping.policy import REGISTRY, routing_probability
 from modes_cli.skipping.registry import policy
 from tests.checkpoints import small_samples
 from tests.export.bundles import EXPERTS, MOE_LAYERS, TOP_K, shared_checkpoint

@@ -9,8 +9,9 @@ from modes_cli.artifacts import Calibration
 from modes_cli.artifacts.base import TensorFile
 from modes_cli.artifacts.calibration import LayerImportance
 from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.measured import Measured
-from modes_cli.skipping.policy import Pairs, routing_probability
+from modes_cli.skipping.policy import routing_probability
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 12, 4, 8
 COLUMNS = ("all", "text", "vision", "prompt", "decode")

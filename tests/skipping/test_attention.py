@@ -11,9 +11,9 @@ from torch import Tensor
 from modes_cli.errors import ModesError
 from modes_cli.models.groups import GROUPS
 from modes_cli.skipping.attention import places, received
-from modes_cli.skipping.engine import Routing
 from modes_cli.skipping.policies.mcmoe import ProtectedRatio
 from modes_cli.skipping.policy import Rule, tau_vector
+from modes_cli.skipping.routing import Routing
 from tests.skipping.conftest import Subject, make
 
 

@@ -102,7 +102,7 @@ def test_the_built_in_model_answers_as_before(digits: Loaded, small_samples: Cal
 
 @torch.no_grad()
 def test_dropping_a_layer_is_zeroing_its_routed_experts(qwen: Subject) -> None:
-    from modes_cli.skipping.engine import Drop
+    from modes_cli.skipping.routing import Drop
 
     for block in qwen.blocks:
         without = copy.deepcopy(qwen.model)
@@ -114,7 +114,7 @@ def test_dropping_a_layer_is_zeroing_its_routed_experts(qwen: Subject) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("groups", [(TEXT,), (DECODE,), (TEXT, DECODE), (VISION, DECODE)])
 def test_dropping_some_groups_of_a_layer(groups: tuple[int, ...], qwen: Subject) -> None:
-    from modes_cli.skipping.engine import Drop
+    from modes_cli.skipping.routing import Drop
 
     lost = torch.isin(reference.groups(TOKENS, qwen.inputs["input_ids"], qwen.inputs["attention_mask"]), torch.tensor(groups))
     last = qwen.blocks[-1].index
@@ -131,7 +131,7 @@ def test_dropping_some_groups_of_a_layer(groups: tuple[int, ...], qwen: Subject)
 @torch.no_grad()
 def test_a_drop_counts_beside_a_rule(qwen: Subject) -> None:
     """Dropping one layer's vision tokens under a rule: what the rule keeps elsewhere stays."""
-    from modes_cli.skipping.engine import Drop
+    from modes_cli.skipping.routing import Drop
 
     rule = reference.rule(len(qwen.blocks), 0.2, 0.2, seed=3)
     with qwen.engine() as engine, reference.listening(qwen.blocks) as calls, engine.using(rule=rule, drop=Drop(1, (VISION,))):

@@ -11,7 +11,9 @@ import torch
 
 from modes_cli.errors import ModesError
 from modes_cli.models.blocks import find_moe_blocks
-from modes_cli.skipping.engine import IMPLEMENTATION, Drop, SkipEngine
+from modes_cli.skipping.engine import SkipEngine
+from modes_cli.skipping.interface import IMPLEMENTATION
+from modes_cli.skipping.routing import Drop
 from tests.families import FAMILIES, TOKENS
 from tests.skipping import reference
 from tests.skipping.conftest import Subject

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
-from modes_cli.skipping.policy import Contribution, Pairs, Rule, tau_vector
+from modes_cli.skipping.contribution import Contribution, Pairs
+from modes_cli.skipping.policy import Rule, tau_vector
 from tests.families import TOKENS
 from tests.skipping import reference
 from tests.skipping.conftest import Subject

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modes_cli.models.groups import DECODE, GROUPS, SPECIAL, TEXT, VISION, TokenGroups
-from modes_cli.skipping.engine import Routing
 from modes_cli.skipping.policy import Rule, routing_probability
+from modes_cli.skipping.routing import Routing
 from modes_cli.skipping.statistics import PairCounts
 from tests.families import END, FAMILIES, START, TOKENS, TOP_K
 from tests.skipping import reference

@@ -14,8 +14,8 @@ from modes_cli.errors import KernelError
 from modes_cli.models.blocks import find_moe_blocks
 from modes_cli.models.groups import VISION
 from modes_cli.runtime import libraries
-from modes_cli.skipping.engine import Drop
 from modes_cli.skipping.operator import BlockOperator
+from modes_cli.skipping.routing import Drop
 from tests.families import FAMILIES, HIDDEN, TOKENS, TOP_K
 from tests.skipping import reference
 from tests.skipping.conftest import Subject

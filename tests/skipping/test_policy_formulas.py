@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import mix, uniform
-from modes_cli.skipping.policy import Pairs, Rule
+from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import policy
 from tests.skipping.measurements import EXPERTS, LAYERS, TOP_K, in_another_order, measured, pairs
 

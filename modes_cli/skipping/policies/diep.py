@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula, Sizes, chosen, rank
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policies.naee import betas, first_above, ratio
-from modes_cli.skipping.policy import Pairs, Policy, register
+from modes_cli.skipping.policy import Policy, register
 
 _LEAST = 0.05  # of c: opposite outputs do not make an expert indispensable
 

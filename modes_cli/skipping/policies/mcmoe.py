@@ -16,9 +16,10 @@ from torch import Tensor
 
 from modes_cli.errors import BadOption, ModesError
 from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policies.naee import NAEE, Ratio, betas
-from modes_cli.skipping.policy import Pairs, Policy, register
+from modes_cli.skipping.policy import Policy, register
 
 
 class ProtectedRatio(Ratio):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula, Sizes, rank
 from modes_cli.skipping.measured import Measured
-from modes_cli.skipping.policy import Pairs, Policy, register
+from modes_cli.skipping.policy import Policy, register
 
 
 class Ratio(Formula):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from modes_cli.errors import BadOption
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula, Sizes, chosen
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policies.grouped import group_scale
-from modes_cli.skipping.policy import Pairs, Policy, register
+from modes_cli.skipping.policy import Policy, register
 from modes_cli.skipping.predictor import features, log_norms
 
 

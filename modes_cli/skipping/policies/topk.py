@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from modes_cli.models.groups import GROUPS
+from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula, rank, token_hash, uniform
 from modes_cli.skipping.measured import Measured
-from modes_cli.skipping.policy import Pairs, Policy, register
+from modes_cli.skipping.policy import Policy, register
 
 
 class Rank(Formula):
