@@ -118,7 +118,7 @@ class Policy(ABC):
 
     Attributes:
         one_threshold: all groups share tau, as in rules that know no modality.
-        variants: the parameters that a search tries.
+        variants: the parameters that a search tries, the most promising first.
         automatic: whether `--policy auto` tries it.
         formula: what stands in the place of pi, made of `tensors` and the parameters; None: pi itself.
         obstacle: why a graph cannot have it; empty where it can.

@@ -1,5 +1,6 @@
 """Policies by name."""
 
+from itertools import zip_longest
 from typing import Any
 
 import modes_cli.skipping.policies  # noqa: F401  each module registers its policy
@@ -48,9 +49,12 @@ def variants(text: str) -> list[Policy]:
 
 
 def automatic_policies(first: str) -> list[Policy]:
-    """Variants of all that `auto` tries, by name, those of `first` at the beginning."""
+    """All that `auto` tries: every policy's first variant, `first`'s at the beginning, then every second one, and so on, so that
+    a small budget is not spent on one policy's variants.
+    """
     names = sorted((name for name, kind in REGISTRY.items() if kind.automatic), key=lambda name: (name != first, name))
-    return [one for name in names for one in variants(name)]
+    rounds = zip_longest(*(variants(name) for name in names))
+    return [one for together in rounds for one in together if one is not None]
 
 
 def policy_names() -> list[str]:

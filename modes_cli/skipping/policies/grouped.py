@@ -20,7 +20,7 @@ COLUMNS = {TEXT: "prompt", VISION: "vision", DECODE: "decode"}
 
 @register("grouped")
 class Grouped(Policy):
-    variants = tuple({"power": power} for power in (1.0, 0.5, 0.25, 0.125))
+    variants = tuple({"power": power} for power in (0.25, 0.125, 0.5, 1.0))
     automatic = True
 
     def __init__(self, power: float = 0.25) -> None:

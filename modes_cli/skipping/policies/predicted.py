@@ -45,7 +45,7 @@ class PredictedNorm(Formula):
 
 @register("predicted")
 class Predicted(Policy):
-    variants = tuple({"power": power} for power in (0.5, 0.25))
+    variants = tuple({"power": power} for power in (0.25, 0.5))
     formula = PredictedNorm
     automatic = True
 

@@ -14,7 +14,7 @@ from modes_cli.skipping.policy import Policy, by_modality, register, tempered
 
 @register("tempered")
 class Tempered(Policy):
-    variants = tuple({"power": power, "per_modality": by} for by in (0.0, 1.0) for power in (0.5, 0.25, 0.125))
+    variants = tuple({"power": power, "per_modality": by} for power in (0.25, 0.5, 0.125) for by in (0.0, 1.0))
     automatic = True
 
     def __init__(self, power: float = 0.25, per_modality: float = 0.0) -> None:
