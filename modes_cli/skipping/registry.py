@@ -49,8 +49,8 @@ def variants(text: str) -> list[Policy]:
 
 
 def automatic_policies(first: str) -> list[Policy]:
-    """All that `auto` tries: every policy's first variant, `first`'s at the beginning, then every second one, and so on, so that
-    a small budget is not spent on one policy's variants.
+    """All that `auto` tries: every policy's first variant, that of `first` at the beginning, then every second one, and so on:
+    a small budget is not spent on the variants of one policy.
     """
     names = sorted((name for name, kind in REGISTRY.items() if kind.automatic), key=lambda name: (name != first, name))
     rounds = zip_longest(*(variants(name) for name in names))
