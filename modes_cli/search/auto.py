@@ -2,7 +2,8 @@
 
 Every candidate is tried at one place of its edge on a part of the samples; the best go on to more places on all of them, the
 best of those to a whole search, and the paper's rule with them. KL decides that was measured on every other sample; on the
-other half it is only reported. So the answer is never worse than the paper's rule on the samples that decide.
+other half it is only reported. So the answer is never worse than the paper's rule on the samples that decide, where
+the budget is enough for two whole searches (20 passes).
 """
 
 import math

@@ -1,6 +1,6 @@
 """The policies that a search tries, with the scores of the calibration set that each needs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +44,14 @@ class ScoreCounts:
         return counts
 
 
-def candidates(name: str, strategy: str, measured: Measured, scores: ScoreCounts) -> list[Candidate]:
+def candidates(
+    name: str, strategy: str, measured: Measured, scores: ScoreCounts, note: Callable[[str], None] | None = None
+) -> list[Candidate]:
     """The policies to try: all variants of the one that was named (one, if its parameters were), or with `auto` of those that
     say so; the paper's first.
 
-    The paper's own strategies take one variant, and with `auto` the paper's own policy.
+    The paper's own strategies take one variant, and with `auto` the paper's own policy. `note` is told of each policy that
+    `auto` cannot try, and why.
     """
     if strategy != "frontier":
         tried: Sequence[Policy] = [named(PAPER if name == AUTO else name)]
@@ -57,12 +60,17 @@ def candidates(name: str, strategy: str, measured: Measured, scores: ScoreCounts
     else:
         tried = automatic_policies(first=PAPER)
     found: list[Candidate] = []
+    missing: dict[str, str] = {}
     for one in tried:
         try:
             found.append(candidate(one, measured, scores))
-        except BadArtifact:
+        except BadArtifact as error:
             if name != AUTO:
-                raise  # what was asked for cannot be had; what was not asked for is not missed
+                raise  # what was asked for cannot be had
+            missing[one.name] = str(error)
+    for kind, reason in missing.items():
+        if note is not None:
+            note(f"`auto` does not try `{kind}`: {reason}")
     return found
 
 

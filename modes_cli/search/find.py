@@ -124,7 +124,7 @@ class _Search:
         self.request, self.calibration, self.measured = request, calibration, measured
         self.objective = calibrated.objective
         self.scores = ScoreCounts(calibrated.counts, self.objective)
-        self.options = candidates(request.policy, request.strategy, measured, self.scores)
+        self.options = candidates(request.policy, request.strategy, measured, self.scores, request.progress.note)
         self.scoring = self.objective.passes
 
     def require_reachable(self, wanted: list[Key]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modes_cli.artifacts import Calibration
-from modes_cli.errors import BadOption
+from modes_cli.errors import BadArtifact, BadOption
 from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.alternatives import Found, alternatives
@@ -150,6 +150,17 @@ def test_auto_tries_the_papers_rule_first(again: Again) -> None:
     assert names[0] == "modes"
     assert {"modes", "tempered", "grouped", "dmt"} <= set(names)
     assert len({(option.policy.name, tuple(option.policy.parameters.items())) for option in made}) == len(made)
+
+
+def test_what_auto_cannot_try_is_said(again: Again) -> None:
+    measured, calibrated = again
+    bare, heard = Measured(measured.calibration), list[str]()  # no tensors beside the calibration
+    scored = ScoreCounts(calibrated.counts, calibrated.objective)
+    made = candidates("auto", "frontier", bare, scored, heard.append)
+    assert {"norm", "predicted"}.isdisjoint(option.policy.name for option in made)
+    assert [one.split("`")[3] for one in heard] == ["norm", "predicted"]
+    with pytest.raises(BadArtifact):
+        candidates("predicted", "frontier", bare, scored)
 
 
 def test_auto_is_no_worse_than_modes_where_it_counts(again: Again) -> None:
