@@ -11,6 +11,7 @@ from modes_cli.calibration.contributions import OutputSums
 from modes_cli.calibration.divergence import kl_sum, log_distribution
 from modes_cli.calibration.ratios import SlotRatios
 from modes_cli.calibration.replay import Replay
+from modes_cli.calibration.saliency import NAMES, PASSES, SaliencySums
 from modes_cli.calibration.scores import ScoreHistogram
 from modes_cli.calibration.unfinished import FILE as UNFINISHED
 from modes_cli.calibration.unfinished import Unfinished
@@ -151,6 +152,7 @@ class _Measurement:
         self.histogram = ScoreHistogram(len(loaded.blocks))
         self.ratios = SlotRatios(len(loaded.blocks), self.top_k)
         self.outputs = OutputSums(loaded.model, loaded.blocks)
+        self.saliency = SaliencySums(loaded.blocks, self.outputs.routers, self.outputs.absent.get("norm_predictor", ""))
         self.reference: list[torch.Tensor] = []
         self.answer_tokens = 0
         self.batches = 0
@@ -161,7 +163,7 @@ class _Measurement:
         counters = torch.tensor([self.answer_tokens, self.layers_run])
         reference = torch.cat(self.reference)
         own = {"damage": self.damage, "histogram": self.histogram.counts, "reference": reference, "counters": counters}
-        return {**own, "ratios": self.ratios.counts, **self.outputs.sums}
+        return {**own, "ratios": self.ratios.counts, **self.outputs.sums, **self.saliency.sums}
 
     def resume(self, state: dict[str, torch.Tensor], batches: int) -> None:
         """Go on from what `state` gave after so many batches."""
@@ -170,10 +172,11 @@ class _Measurement:
         self.answer_tokens, self.layers_run = state["counters"].tolist()
         self.ratios.counts = state["ratios"]
         self.outputs.sums |= {name: state[name] for name in state.keys() & {*self.outputs.sums, "router", "router_bias"}}
+        self.saliency.restore(state)
 
     def measure(self, number: int, batch: Batch, engine: SkipEngine, replay: Replay) -> dict[str, torch.Tensor]:
         """What one batch gives, to be added: its `number`, `damage`, `histogram`, `ratios`, `reference`, `layers_run`, and the
-        sums of `OutputSums`.
+        sums of `OutputSums` and `SaliencySums`.
         """
         histogram, ratios = ScoreHistogram(len(self.blocks)), SlotRatios(len(self.blocks), self.top_k)
         outputs = self.outputs.zeros()
@@ -194,14 +197,17 @@ class _Measurement:
                 for column, (_, groups) in enumerate(COLUMNS):
                     with engine.using(drop=Drop(block.index, groups)):
                         damage[block.index, column] = kl_sum(full, replay.run(batch, block.layer))
+            saliency = self.saliency.measure(number, batch, engine, replay)
+        again = PASSES * replay.layers if saliency else 0
         return {
             "number": torch.tensor(number),
             "damage": damage,
             "histogram": histogram.counts,
             "ratios": ratios.counts,
             "reference": full,
-            "layers_run": torch.tensor(replay.layers_run - before + self.outputs.layers_per_batch),
+            "layers_run": torch.tensor(replay.layers_run - before + self.outputs.layers_per_batch + again),
             **outputs,
+            **saliency,
         }
 
     def add(self, found: dict[str, torch.Tensor]) -> None:
@@ -212,6 +218,7 @@ class _Measurement:
         self.histogram.counts += found["histogram"]
         self.ratios.counts += found["ratios"]
         self.outputs.add(found)
+        self.saliency.add(number, found)
         self.reference.append(found["reference"])
         self.answer_tokens += found["reference"].shape[0]
         self.batches += 1
@@ -234,6 +241,9 @@ class _Measurement:
 
     def tensors(self) -> bytes:
         scores = {"score_histogram": self.histogram.counts, "reference_log_probabilities": torch.cat(self.reference)}
-        made = {**scores, "slot_ratio": self.ratios.medians(), **self.outputs.tensors()}
-        metadata = {ABSENT: json.dumps(self.outputs.absent, sort_keys=True)} if self.outputs.absent else None
+        outputs = self.outputs.tensors()
+        saliency = self.saliency.tensors(outputs["router"]) if "router" in outputs else {}
+        made = {**scores, "slot_ratio": self.ratios.medians(), **outputs, **saliency}
+        absent = self.outputs.absent | (dict.fromkeys(NAMES, self.saliency.obstacle) if self.saliency.obstacle else {})
+        metadata = {ABSENT: json.dumps(absent, sort_keys=True)} if absent else None
         return save({name: tensor.contiguous() for name, tensor in made.items()}, metadata=metadata)

@@ -34,35 +34,15 @@ class OutputSums:
         absent: why a tensor is not measured, by its name.
         layers_per_batch: what a batch costs, as a number of decoder layers. An MoE layer's experts are counted as a whole
             layer, which is more than they are.
+        routers: of each block, as far as they were found.
     """
 
     def __init__(self, model: nn.Module, blocks: list[MoEBlock], chunk: int = CHUNK) -> None:
         self._blocks, self._chunk = blocks, chunk
-        self._routers = [find_router(model, block) for block in blocks]
-        self.absent = {name: reason for names, reason in self._obstacles(blocks) for name in names if reason}
+        self.routers = [find_router(model, block) for block in blocks]
+        self.absent = obstacles(blocks, self.routers)
         self.layers_per_batch = 0 if "output_norm" in self.absent else len(blocks)
         self.sums = self.zeros()
-
-    def _obstacles(self, blocks: list[MoEBlock]) -> list[tuple[tuple[str, ...], str]]:
-        """Names of tensors and what is against measuring them, if anything is."""
-        layers, experts = len(blocks), blocks[0].num_experts
-        outputs = predictor = similarity = ""
-        if any(block.scales_input for block in blocks):
-            outputs = "weights multiply what goes into an expert, so its output has no norm of its own"
-        elif any(block.further for block in blocks):
-            outputs = "the layers have more than one set of experts"
-        elif any(block.num_experts != experts for block in blocks):
-            outputs = "the layers have different numbers of experts"
-        elif layers * experts * experts * 16 > MOST:
-            similarity = _too_large(layers * experts * experts * 16, MOST)
-        routers, sums = _bytes_of(self._routers), layers * experts * ridge.width(experts) * 8
-        if any(router is None for router in self._routers):
-            predictor = "the layers' routers were not found: not exactly one matrix of experts x hidden size"
-        elif sums > MOST:
-            predictor = _too_large(sums, MOST)
-        elif routers > LARGEST_ROUTERS:
-            predictor = _too_large(routers, LARGEST_ROUTERS)
-        return [(NORMS[:1], outputs), (NORMS[1:], outputs or similarity), (PREDICTOR, outputs or predictor)]
 
     def zeros(self) -> dict[str, Tensor]:
         """The sums before the first batch. `router` and `router_bias` are no sums: they come with batch 0."""
@@ -100,7 +80,7 @@ class OutputSums:
         if routers and "norm_predictor" not in self.absent:
             experts, hidden = self._blocks[0].num_experts, self._blocks[0].hidden_size
             layers = len(self._blocks)
-            found["router"] = torch.zeros(layers, experts, hidden, dtype=_router_dtype(self._routers))
+            found["router"] = torch.zeros(layers, experts, hidden, dtype=_router_dtype(self.routers))
             found["router_bias"] = torch.zeros(layers, experts, dtype=torch.float32)
         return lambda routing: self._watch(routing, found)
 
@@ -116,7 +96,7 @@ class OutputSums:
             both = (experts[:, :, None] * count + experts[:, None, :]).reshape(-1)
             found["cosine_sums"][layer].view(-1).index_add_(0, both, cosines.reshape(-1))
             found["cosine_counts"][layer].view(-1).index_add_(0, both, torch.ones_like(both))
-        router = self._routers[layer]
+        router = self.routers[layer]
         if "ridge_sums" in found and router is not None and len(norms):
             logs = norms.clamp_min(SMALLEST).log()
             known = features(router.logits(routing.hidden), routing.experts).cpu()
@@ -171,6 +151,29 @@ class OutputSums:
             made["norm_range"] = self.sums["norm_range"].float()
             made |= {name: self.sums[name] for name in ("router", "router_bias")}
         return made
+
+
+def obstacles(blocks: list[MoEBlock], routers: list[Router | None]) -> dict[str, str]:
+    """What is against measuring a tensor, by its name; a tensor that nothing is against is not there."""
+    layers, experts = len(blocks), blocks[0].num_experts
+    outputs = predictor = similarity = ""
+    if any(block.scales_input for block in blocks):
+        outputs = "weights multiply what goes into an expert, so its output has no norm of its own"
+    elif any(block.further for block in blocks):
+        outputs = "the layers have more than one set of experts"
+    elif any(block.num_experts != experts for block in blocks):
+        outputs = "the layers have different numbers of experts"
+    elif layers * experts * experts * 16 > MOST:
+        similarity = _too_large(layers * experts * experts * 16, MOST)
+    size, sums = _bytes_of(routers), layers * experts * ridge.width(experts) * 8
+    if any(router is None for router in routers):
+        predictor = "the layers' routers were not found: not exactly one matrix of experts x hidden size"
+    elif sums > MOST:
+        predictor = _too_large(sums, MOST)
+    elif size > LARGEST_ROUTERS:
+        predictor = _too_large(size, LARGEST_ROUTERS)
+    found = ((NORMS[:1], outputs), (NORMS[1:], outputs or similarity), (PREDICTOR, outputs or predictor))
+    return {name: reason for names, reason in found for name in names if reason}
 
 
 def _mean(sums: Tensor, counts: Tensor, otherwise: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ concluded from names: `check` compares a replay with its recording, and where th
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modes_cli.errors import UnknownLayout
 from modes_cli.models.blocks import MoEBlock
@@ -87,6 +89,16 @@ class Replay:
         self._start = 0 if self._whole and layer in self._whole else layer
         return answer_logits(self.model, batch)
 
+    def differentiable(self, batch: Batch) -> Tensor:
+        """The recorded forward again, from the first layer on, as a graph; call it where gradients are enabled.
+
+        Each decoder layer keeps its inputs only and is computed again on the way back, one at a time; weights have no
+        gradients. Vision modules return what was recorded.
+        """
+        self._start = 0
+        with _without_gradients(self.model):
+            return _answer_logits(self.model, batch)
+
     def _gives(self, recorded: Tensor, batch: Batch, layer: int) -> bool:
         try:
             return torch.equal(self.run(batch, layer), recorded)
@@ -101,6 +113,8 @@ class Replay:
             return output
         if position >= self._start:
             self.layers_run += 1
+            if torch.is_grad_enabled():
+                return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
             return call(*args, **kwargs)
         if position == self._start - 1:
             return _clone(self._outputs[position])
@@ -120,11 +134,28 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
 
     The head runs there only, in families that can be told to; the others give logits everywhere.
     """
+    return _answer_logits(model, batch)
+
+
+def _answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     positions = batch.answer.any(0).nonzero(as_tuple=True)[0]
     out = model(**batch.inputs, logits_to_keep=positions, use_cache=False)
     everywhere = out.logits.shape[1] == batch.answer.shape[1]
     logits: Tensor = out.logits[batch.answer if everywhere else batch.answer[:, positions]]
     return logits
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter takes part in a graph that is built inside."""
+    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in taking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)
 
 
 def _clone(output: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from modes_cli import console
 
 if TYPE_CHECKING:
-    from modes_cli.models.plan import Plan
+    from modes_cli.calibration.plan import Plan
 
 
 def result(plan: "Plan") -> dict[str, Any]:
@@ -21,7 +21,7 @@ def result(plan: "Plan") -> dict[str, Any]:
 
 def tables(plan: "Plan") -> list[Any]:
     """What people get."""
-    from modes_cli.models.plan import ANSWER_TOKENS, TOKENS
+    from modes_cli.calibration.plan import ANSWER_TOKENS, TOKENS
     from modes_cli.requests import PASSES
 
     weights = plan.weights

@@ -50,7 +50,7 @@ def profile(
             special.value,
         )  # fmt: skip
         if plan:
-            from modes_cli.models.plan import make_plan
+            from modes_cli.calibration.plan import make_plan
 
             made = make_plan(checkpoint, spec.samples or batch_size, batch_size)
             out.show(planning.result(made), *planning.tables(made))

@@ -38,15 +38,17 @@ class Router:
 
 
 def find_router(model: nn.Module, block: MoEBlock) -> Router | None:
-    """The router of a block; None where there is not exactly one matrix (E, H) outside its experts."""
+    """The router of a block: the matrix (E, H) outside its experts that is nearest to the block itself, as a shared expert can
+    have one of that shape inside. None where there is none, or two equally near.
+    """
     if block.further:
         return None  # several sets of experts, each with a router of its own
     experts = {id(module) for module in block.experts.modules()}
     shape = (block.num_experts, block.hidden_size)
-    found = [
-        module
-        for module in model.get_submodule(block.moe).modules()
-        if id(module) not in experts
-        and any(name == "weight" and tuple(weight.shape) == shape for name, weight in module.named_parameters(recurse=False))
-    ]
-    return Router(found[0]) if len(found) == 1 else None
+    found: dict[int, list[nn.Module]] = {}  # by depth
+    for path, module in model.get_submodule(block.moe).named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if id(module) not in experts and "weight" in own and tuple(own["weight"].shape) == shape:
+            found.setdefault(path.count("."), []).append(module)
+    nearest = found[min(found)] if found else []
+    return Router(nearest[0]) if len(nearest) == 1 else None

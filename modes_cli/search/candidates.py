@@ -58,7 +58,7 @@ def candidates(
     elif name != AUTO:
         tried = variants(name)
     else:
-        tried = automatic_policies(first=PAPER)
+        tried = automatic_policies()
     found: list[Candidate] = []
     missing: dict[str, str] = {}
     for one in tried:

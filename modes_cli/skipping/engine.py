@@ -35,7 +35,7 @@ from modes_cli.skipping.interface import experts_forward, interface_base, set_im
 from modes_cli.skipping.operator import Base, BlockOperator, Implementation
 from modes_cli.skipping.placed import Placed, cannot_capture, placeable
 from modes_cli.skipping.policy import Rule
-from modes_cli.skipping.routing import Drop, Routing
+from modes_cli.skipping.routing import Drop, Routing, Trace
 from modes_cli.skipping.statistics import PairCounts
 
 
@@ -47,6 +47,8 @@ class SkipEngine:
         drop: routed experts that contribute nothing, whatever the rule says. Without a rule transformers computes the
             others, so that what a drop changes is not mixed with the last bits of another implementation.
         watch: called with each layer's routing.
+        trace: called in the place of each layer's experts, with the layer's routing, which tokens are real, and a function
+            that computes them all. Neither rule nor drop hold while there is one.
         counts: kept and total pairs since `counts.reset()`; only filled while a rule is set.
         decoding: (B, S) bool, the tokens of the coming forwards that predict an answer; None: the last real one of each row,
             as it is when a model generates.
@@ -59,6 +61,7 @@ class SkipEngine:
         self.rule: Rule | None = None
         self.drop: Drop | None = None
         self.watch: Callable[[Routing], None] | None = None
+        self.trace: Trace | None = None
         self.counts = PairCounts(len(blocks))
         self.decoding: Tensor | None = None
         self.ended: tuple[int, ...] = ()
@@ -181,9 +184,12 @@ class SkipEngine:
 
     def experts(self, block: MoEBlock, base: Base, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """What a block's experts return under the current rule, drop and watcher."""
-        if self.rule is None and self.drop is None and self.watch is None:
+        if self.rule is None and self.drop is None and self.watch is None and self.trace is None:
             return base(hidden, index, weights)
         group, real = self._tokens_of(block, hidden)
+        if self.trace is not None:
+            seen = Pairs(block.index, pairs.score(block, weights.detach()), group, index, hidden)
+            return self.trace(Routing.real(seen, real, base, block, None, None), real, partial(base, hidden, index, weights))
         drops = self.drop is not None and self.drop.layer == block.index
         free = self.watch is None and not drops and block.layout is None and asynchronous(hidden.device)
         if free and self.rule is not None and placeable(self.rule):
@@ -291,15 +297,16 @@ class SkipEngine:
         rule: Rule | None = None,
         drop: Drop | None = None,
         watch: Callable[[Routing], None] | None = None,
+        trace: Trace | None = None,
     ) -> Iterator[PairCounts]:
-        """Rule, drop and watcher for the length of a block, with fresh counts."""
-        before = self.rule, self.drop, self.watch
-        self.rule, self.drop, self.watch = rule, drop, watch
+        """Rule, drop and listeners for the length of a block, with fresh counts."""
+        before = self.rule, self.drop, self.watch, self.trace
+        self.rule, self.drop, self.watch, self.trace = rule, drop, watch, trace
         self.counts.reset()
         try:
             yield self.counts
         finally:
-            self.rule, self.drop, self.watch = before
+            self.rule, self.drop, self.watch, self.trace = before
 
     @contextmanager
     def answers_at(self, decoding: Tensor | None) -> Iterator[None]:

@@ -119,7 +119,7 @@ class Policy(ABC):
     Attributes:
         one_threshold: all groups share tau, as in rules that know no modality.
         variants: the parameters that a search tries, the most promising first.
-        automatic: whether `--policy auto` tries it.
+        automatic: its place in the order in which `--policy auto` tries policies; 0: it does not.
         formula: what stands in the place of pi, made of `tensors` and the parameters; None: pi itself.
         obstacle: why a graph cannot have it; empty where it can.
     """
@@ -127,7 +127,7 @@ class Policy(ABC):
     name: ClassVar[str]
     one_threshold: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, float], ...]] = ({},)
-    automatic: ClassVar[bool] = False
+    automatic: ClassVar[int] = 0
     formula: ClassVar["type[Formula] | None"] = None
     obstacle: ClassVar[str] = ""
 

@@ -1,5 +1,6 @@
 """What one layer's routers chose, for whoever watches, and what is left out of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,3 +60,7 @@ class Routing:
         chosen, kept = (None if whole is None else whole[real] for whole in (score, keep))
         pi, experts, group, hidden = (part[real] for part in (pairs.pi, pairs.experts, pairs.group, pairs.hidden))
         return cls(pairs.layer, pi, experts, group, hidden, compute, block, chosen, kept)
+
+
+# routing, which tokens are real (tokens,) bool, the experts' outputs [tokens, H] -> what takes their place
+Trace = Callable[[Routing, Tensor, Callable[[], Tensor]], Tensor]

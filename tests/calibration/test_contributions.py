@@ -14,6 +14,7 @@ from torch import Tensor
 from modes_cli.calibration import calibrate, ridge
 from modes_cli.calibration.contributions import NORMS, PREDICTOR, OutputSums
 from modes_cli.calibration.replay import answer_logits
+from modes_cli.calibration.saliency import NAMES as SALIENCY
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadArtifact
 from modes_cli.models.blocks import find_moe_blocks
@@ -207,14 +208,14 @@ def test_importance_and_reference_are_the_same_bits_without_it(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = calibrate(calibration_request(tiny_checkpoint, tmp_path / "with", samples=2)).artifact
-    monkeypatch.setattr(MODULE.OutputSums, "_obstacles", lambda *_: [((*NORMS, *PREDICTOR), "left out")])
+    monkeypatch.setattr(MODULE, "obstacles", lambda *_: dict.fromkeys((*NORMS, *PREDICTOR), "left out"))
     without = calibrate(calibration_request(tiny_checkpoint, tmp_path / "without", samples=2)).artifact
     assert without.importance == artifact.importance
     tensors, fewer = (load_file(tmp_path / run / artifact.tensors.file) for run in ("with", "without"))
-    assert tensors.keys() - fewer.keys() == {*NORMS, *PREDICTOR}
+    assert tensors.keys() - fewer.keys() == {*NORMS, *PREDICTOR, *SALIENCY}
     assert all(torch.equal(tensors[name], tensor) for name, tensor in fewer.items())
     more = artifact.forward_equivalents - without.forward_equivalents
-    assert more == pytest.approx(artifact.moe_layers / 4)  # three MoE layers of four layers, once
+    assert more == pytest.approx(artifact.moe_layers / 4 + 3)  # three MoE layers of four layers, once, and what saliency costs
 
 
 # -- families ----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from modes_cli.skipping.policies.mcmoe import ProtectedRatio
 from modes_cli.skipping.policies.naee import Ratio
 from modes_cli.skipping.policies.predicted import PredictedNorm
 from modes_cli.skipping.policies.random import Hashed
+from modes_cli.skipping.policies.salient import SalientNorm
 from modes_cli.skipping.policies.topk import Rank
 from modes_cli.skipping.policies.topp import RemainingMass
 from modes_cli.skipping.policy import Rule, tau_vector
@@ -58,18 +59,21 @@ def formula(kind: type[Formula], it: Subject, seed: int) -> Formula:
         return torch.rand(layers, *shape, generator=generator)
 
     E, H, k = block.num_experts, block.hidden_size, block.top_k
+    predictor = {
+        "router": random(E, H) - 0.5,
+        "router_bias": random(E),
+        "coefficients": 0.3 * (random(E, E + 2) - 0.5),
+        "range": torch.tensor([-2.0, 1.0]).expand(layers, 2),
+    }
+    believed = torch.tensor([-1.0, 1.0]).expand(layers, len(GROUPS), 2)
     tensors = {
         Ratio: {"share": random(k)},
         ProtectedRatio: {"share": random(k)},
         DissimilarRatio: {"share": random(k), "apart": random(E, E)},
-        PredictedNorm: {
-            "router": random(E, H) - 0.5,
-            "router_bias": random(E),
-            "coefficients": 0.3 * (random(E, E + 2) - 0.5),
-            "range": torch.tensor([-2.0, 1.0]).expand(layers, 2),
-        },
+        PredictedNorm: predictor,
+        SalientNorm: {**predictor, "saliency": 0.2 * (random(len(GROUPS), H + 1) - 0.5), "saliency_range": believed},
     }
-    parameters = {Hashed: {"seed": 3.0}, ProtectedRatio: {"protected": 0.02}}
+    parameters = {SalientNorm: {"power": 0.7}, Hashed: {"seed": 3.0}, ProtectedRatio: {"protected": 0.02}}
     return kind(tensors.get(kind, {}), parameters.get(kind, {}))
 
 
@@ -88,6 +92,7 @@ RULES: dict[str, Callable[[Subject], Rule]] = {
     "naee": lambda it: rule(it, Ratio, 0.2),
     "diep": lambda it: rule(it, DissimilarRatio, 0.2),
     "predicted": lambda it: rule(it, PredictedNorm, 0.05),
+    "salient": lambda it: rule(it, SalientNorm, 0.007),
     "topk": lambda it: rule(it, Rank, 0.5),
     "random": lambda it: rule(it, Hashed, 0.5),
 }

@@ -39,6 +39,7 @@ class Kind:
 KINDS = {
     "experts": Kind("norm", {"text": 0.1, "vision": 0.09, "decode": 0.07}, {"power": 0.25, "grouped": 1.0}, 0.5),
     "predicted": Kind("predicted", {"text": 0.02, "vision": 0.018}, {"power": 0.25}),
+    "salient": Kind("salient", {"text": 0.005, "vision": 0.01}, {"power": 0.7}),
     "topp": Kind("topp", {"text": 0.55, "vision": 0.55}),
 }
 
@@ -61,6 +62,8 @@ def measured_tensors() -> dict[str, Tensor]:
         "norm_range": torch.stack([low, low + 2 + random(layers)], 1),
         "router": 0.3 * (random(layers, EXPERTS, HIDDEN) - 0.5),
         "router_bias": random(layers, EXPERTS) - 0.5,
+        "saliency": 0.2 * (random(layers, len(GROUPS), HIDDEN + 1) - 0.5),
+        "saliency_range": torch.tensor([-1.0, 1.0, 1.0]).expand(layers, len(GROUPS), 3).contiguous(),
     }
 
 

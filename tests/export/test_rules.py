@@ -128,13 +128,13 @@ def test_what_the_graph_gives_the_operator(made: Path, kind: str) -> None:
     nodes = [node for node in decoder.node if node.domain == "modes"]
     held = {t.name: {e.key: e.value for e in t.external_data} for t in decoder.initializer if t.external_data}
     own = {name: place for name, place in held.items() if place["location"] == THRESHOLDS}
-    if KINDS[kind].policy in ("topp", "predicted"):
+    if KINDS[kind].policy in ("topp", "predicted", "salient"):
         assert all(len(node.input) == 11 and list(node.input[8:10]) == ["", ""] and node.input[10] for node in nodes)
         assert own.keys() == layer_entries(made).keys()
     else:
         assert all(len(node.input) == 8 for node in nodes)
         assert own == {}
-    assert len(own) == (4 * len(MOE_LAYERS) if kind == "predicted" else 0)
+    assert len(own) == {"predicted": 4, "salient": 6}.get(kind, 0) * len(MOE_LAYERS)
 
 
 def test_an_export_that_is_there_is_not_made_again(base: Path) -> None:
@@ -209,8 +209,8 @@ class Scores(nn.Module):
         super().__init__()
         self.formulas, self.layer = formulas, layer
 
-    def forward(self, weights: Tensor, experts: Tensor, hidden: Tensor) -> list[Tensor]:
-        pairs = Pairs(self.layer, routing_probability(weights), torch.zeros_like(experts[:, 0]), experts, hidden)
+    def forward(self, weights: Tensor, experts: Tensor, hidden: Tensor, group: Tensor) -> list[Tensor]:
+        pairs = Pairs(self.layer, routing_probability(weights), group, experts, hidden)
         return [
             formula.of({name: tensor[self.layer] for name, tensor in formula.tensors.items()}, pairs)
             for formula in self.formulas.values()
@@ -232,17 +232,19 @@ def test_every_formula_is_the_same_in_a_graph(calibration: Measured, tmp_path: P
             assert isinstance(made, Formula)
             assert made.shapes(Sizes(EXPERTS, TOP_K, HIDDEN)) == {key: tuple(t.shape[1:]) for key, t in made.tensors.items()}
             formulas[name] = made
-    assert {"topk", "topp", "naee", "diep", "random", "predicted"} <= formulas.keys()
+    assert {"topk", "topp", "naee", "diep", "random", "predicted", "salient"} <= formulas.keys()
 
     def inputs(tokens: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(tokens)
         logits = 2 * torch.randn(tokens, EXPERTS, generator=generator)
         weights, experts = logits.softmax(-1).topk(TOP_K)
         weights[1::4] = 0.25  # equal ones: ranked by their experts
-        return {"weights": weights, "experts": experts, "hidden": torch.randn(tokens, HIDDEN, generator=generator)}
+        group = (torch.arange(tokens) % len(GROUPS)).int()
+        hidden = torch.randn(tokens, HIDDEN, generator=generator)
+        return {"weights": weights, "experts": experts, "hidden": hidden, "group": group}
 
     module, tokens = Scores(formulas, 1), {0: graph.AUTO}
-    shapes: dict[str, graph.Shape] = {"weights": ["T", TOP_K], "experts": ["T", TOP_K], "hidden": ["T", HIDDEN]}
+    shapes: dict[str, graph.Shape] = {"weights": ["T", TOP_K], "experts": ["T", TOP_K], "hidden": ["T", HIDDEN], "group": ["T"]}
     model = graph.trace(module, inputs(5), dict.fromkeys(shapes, tokens), shapes, {name: ["T", TOP_K] for name in formulas})
     graph.ir.save(model, tmp_path / "scores.onnx")
     session = ort.InferenceSession(tmp_path / "scores.onnx", providers=["CPUExecutionProvider"])
@@ -250,7 +252,7 @@ def test_every_formula_is_the_same_in_a_graph(calibration: Measured, tmp_path: P
         given = inputs(count)
         found = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
         for name, score, expected in zip(formulas, found, module(**given), strict=True):
-            tolerance = 1e-5 if name == "predicted" else 0.0
+            tolerance = 1e-5 if name in ("predicted", "salient") else 0.0
             torch.testing.assert_close(
                 torch.from_numpy(score), expected, rtol=tolerance, atol=0.0, msg=lambda m, n=name: f"{n}: {m}"
             )

@@ -157,8 +157,8 @@ def test_what_auto_cannot_try_is_said(again: Again) -> None:
     bare, heard = Measured(measured.calibration), list[str]()  # no tensors beside the calibration
     scored = ScoreCounts(calibrated.counts, calibrated.objective)
     made = candidates("auto", "frontier", bare, scored, heard.append)
-    assert {"norm", "predicted"}.isdisjoint(option.policy.name for option in made)
-    assert [one.split("`")[3] for one in heard] == ["norm", "predicted"]
+    assert {"norm", "predicted", "salient"}.isdisjoint(option.policy.name for option in made)
+    assert [one.split("`")[3] for one in heard] == ["salient", "predicted", "norm"]
     with pytest.raises(BadArtifact):
         candidates("predicted", "frontier", bare, scored)
 

@@ -51,7 +51,17 @@ def usual_tensors() -> dict[str, Tensor]:
         "norm_range": torch.stack([low, low + 2 + random(11, LAYERS)], 1),
         "router": random(12, LAYERS, EXPERTS, HIDDEN) - 0.5,
         "router_bias": random(13, LAYERS, EXPERTS) - 0.5,
+        "saliency": random(14, LAYERS, len(GROUPS), HIDDEN + 1) - 0.5,
+        "saliency_range": saliency_range(),
     }
+
+
+def saliency_range() -> Tensor:
+    """(LAYERS, groups, 3); no answer depends on what the last layer does for text."""
+    low = -6 - random(15, LAYERS, len(GROUPS))
+    found = torch.stack([low, low + 4 * random(16, LAYERS, len(GROUPS)), torch.ones_like(low)], -1)
+    found[-1, 0] = 0.0
+    return found
 
 
 def pairs(seed: int, tokens: int = 20, layer: int = 0, *, ties: bool = False, top_k: int = TOP_K) -> Pairs:

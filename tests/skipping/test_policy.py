@@ -148,7 +148,7 @@ SCALES = {
     ("tempered", ("power", 0.0)): lambda a, t, v: (1.0, 1.0, 1.0),
 }
 SCALED = [*SCALES, ("grouped",), ("norm",)]
-FORMULAS = ("topk", "naee", "mcmoe", "diep", "topp", "random", "predicted")
+FORMULAS = ("topk", "naee", "mcmoe", "diep", "topp", "random", "predicted", "salient")
 
 
 @pytest.mark.parametrize("named", SCALES, ids=str)

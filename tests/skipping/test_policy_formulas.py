@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from modes_cli.models.groups import SPECIAL
 from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import mix, uniform
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import policy
 from tests.skipping.measurements import EXPERTS, LAYERS, TOP_K, in_another_order, measured, pairs
 
-FORMULAS = ("topk", "naee", "mcmoe", "diep", "topp", "random", "predicted")
+FORMULAS = ("topk", "naee", "mcmoe", "diep", "topp", "random", "predicted", "salient")
 UNIT = 2.0**-24
 seeds = st.integers(0, 2**31)
 layers = st.integers(0, LAYERS - 1)
@@ -43,8 +44,8 @@ def by_token(many: Pairs) -> list[tuple[list[float], list[int], int]]:
     return list(zip(many.pi.tolist(), many.experts.tolist(), many.group.tolist(), strict=True))
 
 
-def close(found: Tensor, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected).reshape(found.shape), rtol=2e-5, atol=1e-6)
+def close(found: Tensor, expected: list[list[float]], atol: float = 1e-6) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected).reshape(found.shape), rtol=2e-5, atol=atol)
 
 
 # -- each policy against its definition -----------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_diep_weakens_what_resembles_the_first_expert(seed: int, layer: int, tie
             ratio = pi[slot] / (beta[place] * c * max(pi))
             row[slot] = (1 + pi[slot]) / (min(beta) * float(alike.min())) if place == 0 else ratio
         expected.append(row)
-    close(score(rule_of("diep"), many), expected)
+    close(score(rule_of("diep"), many), expected, atol=1e-5)  # 1 + a cosine close to -1 cancels
 
 
 @settings(max_examples=20)
@@ -183,6 +184,28 @@ def test_predicted_is_pi_times_the_predicted_norm(seed: int, layer: int) -> None
     close(score(rule_of("predicted"), many), expected)
 
 
+@settings(max_examples=20)
+@given(seed=seeds, layer=layers, power=st.sampled_from([0.0, 0.7, 1.0]))
+def test_salient_is_pi_to_one_and_a_half_times_predicted_norm_and_saliency(seed: int, layer: int, power: float) -> None:
+    tensors = measured().tensors
+    many = pairs(seed, 6, layer=layer)
+    assert many.hidden is not None
+    weights, ranges = (tensors[name].double() for name in ("saliency", "saliency_range"))
+    alive = ranges[:, :, 2] > 0
+    most = float(ranges[:, :, 1][alive].max())
+    norms = score(rule_of("predicted", power=0.0), many)
+    expected = []
+    for (pi, _, group), hidden, row in zip(by_token(many), many.hidden.tolist(), norms.tolist(), strict=True):
+        own = weights[layer, group].tolist()
+        u = math.fsum([*(w * h for w, h in zip(own[:-1], hidden, strict=True)), own[-1]])
+        low, high, _ = ranges[layer, group].tolist()
+        u = math.exp(power * (min(max(u, low), high) - most)) if alive[layer, group] else 0.0
+        # Special tokens are kept whatever their score is.
+        expected.append([0.0 if group == SPECIAL else s * math.sqrt(p) * u for p, s in zip(pi, row, strict=True)])
+    found = score(rule_of("salient", power=power), many)
+    close(found * (many.group != SPECIAL)[:, None], expected)
+
+
 # -- what all have in common --------------------------------------------------------------------------------------------
 
 
@@ -205,7 +228,7 @@ def test_the_order_of_slots_does_not_matter(name: str, seed: int, ties: bool) ->
     many, rule = pairs(seed, ties=ties), rule_of(name)
     slots = torch.rand(many.pi.shape, generator=torch.Generator().manual_seed(seed)).argsort(1)
     other = score(rule, in_another_order(many, slots))
-    if name == "predicted":  # sums of exponentials in another order: the last bits differ
+    if name in ("predicted", "salient"):  # sums of exponentials in another order: the last bits differ
         torch.testing.assert_close(other, score(rule, many).gather(1, slots), rtol=1e-5, atol=0)
     else:
         assert torch.equal(other, score(rule, many).gather(1, slots))

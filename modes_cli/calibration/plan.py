@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from modes_cli.calibration.calibrate import COLUMNS
+from modes_cli.calibration.contributions import obstacles
 from modes_cli.errors import BadModel
-from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.loading import DTYPES, describe
+from modes_cli.models.router import find_router
 from modes_cli.models.structure import Structure, read_structure
 from modes_cli.requests import ModelSpec
 
-COLUMNS = 5  # what loses each layer's experts, one after the other: all tokens, text, vision, prompt text, decode
 # Of one sample, where the data is not looked at: an image of a megapixel with its question, and a short answer.
 TOKENS, ANSWER_TOKENS = 1000, 3
 GPUS = (2, 4, 8)
@@ -90,7 +91,8 @@ def make_plan(spec: ModelSpec, samples: int, batch_size: int) -> Plan:
     _require_complete(spec, structure)
     weights = _weights(structure)
     layers, moe = len(weights.layers), [block.layer for block in structure.blocks]
-    runs = tuple(1 + COLUMNS * sum(start <= layer for start in moe) for layer in range(layers))
+    looked_at, derived = _looked_at(structure)
+    runs = tuple(1 + len(COLUMNS) * sum(start <= layer for start in moe) + 2 * derived for layer in range(layers))
     batches = -(-samples // batch_size)
     read = [0] * layers
     for name, place in structure.place.items():
@@ -107,12 +109,12 @@ def make_plan(spec: ModelSpec, samples: int, batch_size: int) -> Plan:
         top_k=structure.blocks[0].top_k,
         parameters=sum(p.numel() for p in structure.model.parameters()),
         weights=weights,
-        placements=_placements(structure, weights, min(batch_size, samples), vocabulary),
+        placements=_placements(structure, weights, min(batch_size, samples), vocabulary, 1 + derived),
         samples=samples,
         batch_size=batch_size,
         batches=batches,
-        forward_equivalents=(sum(runs) + _looked_at(structure.blocks)) / layers,
-        naive_forwards=1 + COLUMNS * len(moe),
+        forward_equivalents=(sum(runs) + looked_at) / layers + derived,
+        naive_forwards=1 + len(COLUMNS) * len(moe),
         layer_runs=runs,
         offload_read=batches * sum(count * size for count, size in zip(runs, read, strict=True)),
         reference=samples * ANSWER_TOKENS * vocabulary * 4,
@@ -121,10 +123,13 @@ def make_plan(spec: ModelSpec, samples: int, batch_size: int) -> Plan:
     )
 
 
-def _looked_at(blocks: list[MoEBlock]) -> int:
-    """Layers whose experts' outputs are computed once more for their norms; calibrate counts each as a whole layer."""
-    alike = len({block.num_experts for block in blocks}) == 1
-    return len(blocks) if alike and not any(block.scales_input or block.further for block in blocks) else 0
+def _looked_at(structure: Structure) -> tuple[int, bool]:
+    """Layers whose experts' outputs are computed once more for their norms, which calibrate counts as whole layers; and
+    whether there is a forward for the saliency, which computes every layer again, and a way back through it.
+    """
+    blocks = structure.blocks
+    against = obstacles(blocks, [find_router(structure.model, block) for block in blocks])
+    return 0 if "output_norm" in against else len(blocks), "norm_predictor" not in against
 
 
 def _require_complete(spec: ModelSpec, structure: Structure) -> None:
@@ -165,14 +170,15 @@ def _weights(structure: Structure) -> Weights:
     return Weights(total, experts, embedding, vision, head, other, layers)
 
 
-def _placements(structure: Structure, weights: Weights, batch: int, vocabulary: int) -> tuple[Placement, ...]:
+def _placements(structure: Structure, weights: Weights, batch: int, vocabulary: int, copies: int) -> tuple[Placement, ...]:
+    """`copies`: 2 where there is a way back, which keeps every layer's input, and one layer's inside with its gradients."""
     block, item = structure.blocks[0], structure.dtype.itemsize
     tokens, answers = batch * TOKENS, batch * ANSWER_TOKENS
     recorded = len(weights.layers) * tokens * block.hidden_size * item  # every layer's output, for the replays
     # Inside one layer, in float32 at worst: the residual stream a few times over, and each pair's gate, up and product.
     inside = tokens * 4 * (8 * block.hidden_size + block.top_k * (3 * block.intermediate_size + block.hidden_size))
     logits = answers * vocabulary * (item + 3 * 8)  # and the distributions in float64
-    working = recorded + inside + logits
+    working = copies * (recorded + inside) + logits
     largest = max(weights.layers)
     many = [
         Placement(f"{n} devices", "--device-map balanced", _fullest(weights, n), working)

@@ -8,9 +8,9 @@ import pytest
 
 from modes_cli import app
 from modes_cli.calibration import calibrate
+from modes_cli.calibration.plan import Weights, _fullest, make_plan
 from modes_cli.errors import BadModel
 from modes_cli.models.loading import Loaded
-from modes_cli.models.plan import Weights, _fullest, make_plan
 from modes_cli.requests import ModelSpec
 from tests.runs import calibration_request
 from tests.sparse_checkpoint import hub_shapes, qwen3_vl_30b_a3b, write_sparse
@@ -33,9 +33,10 @@ def test_the_plan_of_a_small_model_is_what_then_happens(tiny: Loaded, tiny_check
     assert plan.naive_forwards == made.naive_forwards
     assert [str(layer) for layer in plan.moe_layers] == list(made.importance)
     assert (plan.experts, plan.top_k, plan.family) == (made.experts, made.top_k, made.family)
-    # A dense layer runs in the recording only, the last one in every replay of five columns.
-    assert plan.forward_equivalents == (1 + 6 + 11 + 16 + len(plan.moe_layers)) / 4
-    assert plan.layer_runs == (1, 6, 11, 16)
+    # A dense layer runs in the recording, the last one in every replay of five columns too, and all of them twice for saliency,
+    # whose way back counts as a forward.
+    assert plan.forward_equivalents == (1 + 6 + 11 + 16 + len(plan.moe_layers)) / 4 + 3
+    assert plan.layer_runs == (3, 8, 13, 18)
     assert plan.offload_read == 2 * sum(n * size for n, size in zip(plan.layer_runs, plan.weights.layers, strict=True))
 
 
@@ -90,12 +91,13 @@ def test_the_plan_of_qwen3_vl_30b(large: Path, capsys: pytest.CaptureFixture[str
     assert placed["one device"] == plan["weights"]["total"]
     assert placed["offload"] == plan["weights"]["total"] - 46 * 2 * layer
     assert plan["weights"]["total"] / 2 <= placed["2 devices"] < plan["weights"]["total"] / 2 + 2 * 2 * layer
-    # 48 layers, five columns: 1 + 5 * (48 + ... + 1) / 48 forwards, and one for the experts' outputs, instead of 1 + 5 * 48
-    assert (plan["forward_equivalents"], plan["naive_forwards"], plan["batches"]) == (1 + 5 * 49 / 2 + 1, 241, 64)
+    # 48 layers, five columns: 1 + 5 * (48 + ... + 1) / 48 forwards, one for the experts' outputs and three for saliency,
+    # instead of 1 + 5 * 48
+    assert (plan["forward_equivalents"], plan["naive_forwards"], plan["batches"]) == (1 + 5 * 49 / 2 + 4, 241, 64)
 
 
 def test_people_read_the_plan(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["profile", str(large), "--plan", "--samples", "1024", "--batch-size", "16"]) == 0
     out = capsys.readouterr().out
-    for words in ("48 MoE layers of 128 experts, top-8", "1,246,241,280 bytes", "62.1 GB", "--offload", "124.5 forward passes"):
+    for words in ("48 MoE layers of 128 experts, top-8", "1,246,241,280 bytes", "62.1 GB", "--offload", "127.5 forward passes"):
         assert words in out, words
