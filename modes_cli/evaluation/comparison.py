@@ -20,7 +20,8 @@ from modes_cli.models.groups import GROUPS
 from modes_cli.progress import Progress
 from modes_cli.runtime.torch_model import TorchRuntime
 from modes_cli.search import alternatives
-from modes_cli.search.calibrated import Calibrated, recalled
+from modes_cli.search.calibrated import recalled
+from modes_cli.search.candidates import ScoreCounts
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import from_result, policy, policy_names
@@ -82,6 +83,7 @@ def contest(searched: Searched, names: Sequence[str], progress: Progress) -> Ite
         raise BadArtifact(Thresholds.FILE, "field `options.passes`", f"is `{passes!r}`, should be a number of passes")
     with recalled(searched.run, searched.calibration, searched.spec) as calibrated:
         measured = Measured(searched.calibration, searched.run)
+        scores = ScoreCounts(calibrated.counts, calibrated.objective)
         contenders: list[Contender] = []
         left_out: list[LeftOut] = []
         others = [[name for name in names if name != result.policy] for result in searched.results]
@@ -89,7 +91,7 @@ def contest(searched: Searched, names: Sequence[str], progress: Progress) -> Ite
         for result, rivals in zip(searched.results, others, strict=True):
             contenders.append(_chosen(result, measured))
             for name in rivals:
-                found = _other(calibrated, measured, name, result, passes)
+                found = _other(scores, measured, name, result, passes)
                 if isinstance(found, Contender):
                     contenders.append(found)
                 else:
@@ -104,10 +106,10 @@ def _chosen(result: SearchResult, measured: Measured) -> Contender:
     return Contender(result.policy, result.parameters, result.target, result.decode_target, rule, result.kl, True)
 
 
-def _other(calibrated: Calibrated, measured: Measured, name: str, result: SearchResult, passes: int) -> Contender | LeftOut:
-    calibrated.objective.forget()  # so that what a policy finds does not depend on which others are compared
+def _other(scores: ScoreCounts, measured: Measured, name: str, result: SearchResult, passes: int) -> Contender | LeftOut:
+    scores.objective.forget()  # so that what a policy finds does not depend on which others are compared
     at = result.target, result.decode_target
-    found = alternatives.alternatives(calibrated, measured, [name], *at, passes)[name]
+    found = alternatives.alternatives(scores, measured, [name], *at, passes)[name]
     if isinstance(found, str):
         return LeftOut(policy=name, target=at[0], decode_target=at[1], reason=found)
     return Contender(name, found.policy.parameters, *at, found.rule, found.point.kl, False)

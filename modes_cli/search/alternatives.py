@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from modes_cli.errors import BadArtifact
 from modes_cli.search.auto import choose
-from modes_cli.search.calibrated import Calibrated
 from modes_cli.search.candidates import ScoreCounts, candidate
 from modes_cli.search.objective import Point
 from modes_cli.search.problem import Target
@@ -25,15 +24,14 @@ class Found:
 
 
 def alternatives(
-    calibrated: Calibrated, measured: Measured, names: Sequence[str], target: float, decode_target: float | None, passes: int
+    scores: ScoreCounts, measured: Measured, names: Sequence[str], target: float, decode_target: float | None, passes: int
 ) -> dict[str, Found | str]:
-    """Each policy's best variant and thresholds, found with at most `passes` passes each; or why it has none.
+    """Each policy's best variant and thresholds, found with at most `passes` passes each beside those that `scores` takes to
+    know a rule for the first time; or why it has none.
 
     Raises:
         BadOption: no such policy.
     """
-    objective = calibrated.objective
-    scores = ScoreCounts(calibrated.counts, objective)
     found: dict[str, Found | str] = {}
     for name in names:
         try:
@@ -41,7 +39,7 @@ def alternatives(
         except BadArtifact as error:
             found[name] = str(error)
             continue
-        choice = choose(options, objective, Target(target, decode_target), STRATEGIES["frontier"], 2, passes)
+        choice = choose(options, scores.objective, Target(target, decode_target), STRATEGIES["frontier"], 2, passes)
         if choice.best is None:
             reached = max((point.skip_ratio for point in choice.measured), default=0.0)
             found[name] = f"reaches a skip ratio of {reached:.4f} at most"

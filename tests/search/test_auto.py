@@ -155,29 +155,33 @@ def test_auto_tries_the_papers_rule_first(again: Again) -> None:
 def test_what_auto_cannot_try_is_said(again: Again) -> None:
     measured, calibrated = again
     bare, heard = Measured(measured.calibration), list[str]()  # no tensors beside the calibration
-    scored = ScoreCounts(calibrated.counts, calibrated.objective)
-    made = candidates("auto", "frontier", bare, scored, heard.append)
+    scores = scored(calibrated)
+    made = candidates("auto", "frontier", bare, scores, heard.append)
     assert {"norm", "predicted", "salient"}.isdisjoint(option.policy.name for option in made)
     assert [one.split("`")[3] for one in heard] == ["salient", "predicted", "norm"]
     with pytest.raises(BadArtifact):
-        candidates("predicted", "frontier", bare, scored)
+        candidates("predicted", "frontier", bare, scores)
 
 
 def test_auto_is_no_worse_than_modes_where_it_counts(again: Again) -> None:
     measured, calibrated = again
-    scored = ScoreCounts(calibrated.counts, calibrated.objective)
+    scores = scored(calibrated)
     calibrated.objective.forget()
-    auto = choose(candidates("auto", "frontier", measured, scored), calibrated.objective, Target(0.6), FRONTIER, 100, 40)
+    auto = choose(candidates("auto", "frontier", measured, scores), calibrated.objective, Target(0.6), FRONTIER, 100, 40)
     calibrated.objective.forget()
-    modes = choose(candidates("modes", "frontier", measured, scored), calibrated.objective, Target(0.6), FRONTIER, 100, 12)
+    modes = choose(candidates("modes", "frontier", measured, scores), calibrated.objective, Target(0.6), FRONTIER, 100, 12)
     assert auto.best is not None
     assert modes.best is not None
     assert auto.best.kl_selection <= 1.01 * modes.best.kl_selection
 
 
+def scored(calibrated: Calibrated) -> ScoreCounts:
+    return ScoreCounts(calibrated.counts, calibrated.objective)
+
+
 def test_alternatives_meet_the_same_target(again: Again) -> None:
     measured, calibrated = again
-    found = alternatives(calibrated, measured, ["modes", "gmlg", "dmt"], 0.6, None, 8)
+    found = alternatives(scored(calibrated), measured, ["modes", "gmlg", "dmt"], 0.6, None, 8)
     for name, one in found.items():
         assert isinstance(one, Found)
         assert one.policy.name == name
@@ -189,5 +193,5 @@ def test_an_alternative_that_cannot_reach_the_target_says_how_far_it_goes(again:
     measured, calibrated = again
     tokens = measured.calibration.tokens
     largest = 1 - tokens["special"] / sum(tokens.values())
-    found = alternatives(calibrated, measured, ["dmt"], largest + 0.01, None, 6)
+    found = alternatives(scored(calibrated), measured, ["dmt"], largest + 0.01, None, 6)
     assert "skip ratio" in str(found["dmt"])
