@@ -58,7 +58,7 @@ def candidates(
     elif name != AUTO:
         tried = variants(name)
     else:
-        tried = automatic_policies()
+        tried = automatic_policies(first=PAPER)
     found: list[Candidate] = []
     missing: dict[str, str] = {}
     for one in tried:

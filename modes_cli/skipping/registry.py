@@ -48,13 +48,15 @@ def variants(text: str) -> list[Policy]:
     return [made] if ":" in text else [policy(text, **parameters) for parameters in type(made).variants]
 
 
-def automatic_policies() -> list[Policy]:
-    """All that `auto` tries: every policy's first variant, in their order, then every second one, and so on: a small budget is
-    not spent on the variants of one policy.
+def automatic_policies(first: str) -> list[Policy]:
+    """All that `auto` tries: the first variant of the policy `first`, every other one's in their order, then every second one,
+    and so on: a small budget is not spent on the variants of one policy.
     """
     names = sorted((name for name, kind in REGISTRY.items() if kind.automatic), key=lambda name: REGISTRY[name].automatic)
     rounds = zip_longest(*(variants(name) for name in names))
-    return [one for together in rounds for one in together if one is not None]
+    every = [one for together in rounds for one in together if one is not None]
+    begin = next(number for number, one in enumerate(every) if one.name == first)
+    return [every[begin], *every[:begin], *every[begin + 1 :]]
 
 
 def policy_names() -> list[str]:

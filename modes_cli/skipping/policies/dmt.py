@@ -10,7 +10,7 @@ from modes_cli.skipping.policy import Policy, register
 
 @register("dmt")
 class DualModalityThresholding(Policy):
-    automatic = 7
+    automatic = 6
 
     def scale(self, measured: Measured) -> Tensor:
         return torch.ones(measured.layers, len(GROUPS), dtype=torch.float64)

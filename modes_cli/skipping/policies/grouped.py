@@ -21,7 +21,7 @@ COLUMNS = {TEXT: "prompt", VISION: "vision", DECODE: "decode"}
 @register("grouped")
 class Grouped(Policy):
     variants = tuple({"power": power} for power in (0.25, 0.125, 0.5, 1.0))
-    automatic = 4
+    automatic = 3
 
     def __init__(self, power: float = 0.25) -> None:
         if not 0 <= power <= 1:

@@ -14,7 +14,7 @@ from modes_cli.skipping.policy import Policy, by_modality, register
 @register("modes")
 class Modes(Policy):
     variants = ({"per_modality": 0.0}, {"per_modality": 1.0})
-    automatic = 1
+    automatic = 7
 
     def __init__(self, per_modality: float = 0.0) -> None:
         if per_modality not in (0, 1):

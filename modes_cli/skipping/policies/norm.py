@@ -16,7 +16,7 @@ from modes_cli.skipping.policy import Policy, by_modality, register, tempered
 @register("norm")
 class Norm(Policy):
     variants = tuple({"power": power, "grouped": 1.0} for power in (0.25, 0.5))
-    automatic = 5
+    automatic = 4
 
     def __init__(self, power: float = 0.25, grouped: float = 1.0) -> None:
         if not 0 <= power <= 1 or grouped not in (0, 1):

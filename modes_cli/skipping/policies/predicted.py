@@ -47,7 +47,7 @@ class PredictedNorm(Formula):
 class Predicted(Policy):
     variants = tuple({"power": power} for power in (0.25, 0.5))
     formula = PredictedNorm
-    automatic = 3
+    automatic = 2
 
     def __init__(self, power: float = 0.25) -> None:
         if not 0 <= power <= 1:

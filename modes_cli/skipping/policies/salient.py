@@ -54,7 +54,7 @@ class SalientNorm(PredictedNorm):
 class Salient(Policy):
     variants = tuple({"power": power} for power in (0.7, 1.0))
     formula = SalientNorm
-    automatic = 2
+    automatic = 1
 
     def __init__(self, power: float = 0.7) -> None:
         if not 0 <= power <= 2:

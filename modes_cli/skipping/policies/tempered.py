@@ -15,7 +15,7 @@ from modes_cli.skipping.policy import Policy, by_modality, register, tempered
 @register("tempered")
 class Tempered(Policy):
     variants = tuple({"power": power, "per_modality": by} for power in (0.25, 0.5, 0.125) for by in (0.0, 1.0))
-    automatic = 6
+    automatic = 5
 
     def __init__(self, power: float = 0.25, per_modality: float = 0.0) -> None:
         if not 0 <= power <= 1 or per_modality not in (0, 1):
