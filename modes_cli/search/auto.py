@@ -1,13 +1,13 @@
 """Which of several candidates: successive halving over samples, places of the edge and candidates.
 
-Every candidate is tried at one place of its edge on a part of the samples; the best go on to more places on all of them, the
-best of those to a whole search, and the paper's rule with them. KL decides that was measured on every other sample; on the
-other half it is only reported. So the answer is never worse than the paper's rule on the samples that decide, where
-the budget is enough for two whole searches (20 passes).
+Every policy's first candidate is tried at one place of its edge on a part of the samples, then the other parameters of the best
+policies; the best go on to more places on all samples, the best of those to a whole search, and the paper's rule with them. KL
+decides that was measured on every other sample; on the other half it is only reported. So the answer is never worse than the
+paper's rule on the samples that decide, where the budget is enough for two whole searches (20 passes).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from modes_cli.search.candidates import PAPER
@@ -21,6 +21,7 @@ LEAST_SAMPLES = 96  # of the first round; on fewer, the best candidate often was
 LEAST_SHARE = 0.25
 SURVIVORS, FINALISTS = 4, 2
 FIRST, MORE = 0.3, (0.1, 0.6)  # places of the edge
+TRYING = 0.4  # of the passes, for the first round
 WHOLE = 5  # fewest passes that a whole search is worth
 
 
@@ -78,13 +79,16 @@ def _finalists(trials: list[_Trial], objective: Objective, passes: int) -> list[
     """Those that a whole search is spent on. Half of the passes go into finding them, at most."""
     paper = [trial for trial in trials if trial.candidate.policy.name == PAPER]
     share = min(1.0, max(LEAST_SHARE, LEAST_SAMPLES / objective.samples))
-    affordable = math.floor(0.3 * passes / objective.part(share))
+    affordable = math.floor(TRYING * passes / objective.part(share))
     if affordable < 2:
         return trials[:1]
-    first = trials[:affordable]
-    for trial in first:
+    best: list[_Trial] = []
+    for trial in _in_turn(trials, best):
+        if len(best) == affordable:
+            break
         trial.edge.measure(0.5 if trial.problem.one_threshold else FIRST, share=share)
-    best = sorted(first, key=_Trial.rank)
+        best.append(trial)
+    best.sort(key=_Trial.rank)
     survivors = best[: max(FINALISTS, min(SURVIVORS, math.floor(0.2 * passes / len(MORE))))]
     if 0.2 * passes >= len(MORE) * len(survivors):
         for trial in survivors:
@@ -95,6 +99,16 @@ def _finalists(trials: list[_Trial], objective: Objective, passes: int) -> list[
         final.append(min(paper, key=_Trial.rank))
     most = max(1, math.floor(0.5 * passes / WHOLE))
     return final if len(final) <= most else _fewer(final, paper, most)
+
+
+def _in_turn(trials: list[_Trial], tried: list[_Trial]) -> Iterator[_Trial]:
+    """Each policy's first, then all others of the policy that was best among those, of the next, and so on."""
+    of: dict[str, list[_Trial]] = {}
+    for trial in trials:
+        of.setdefault(trial.candidate.policy.name, []).append(trial)
+    yield from (every[0] for every in of.values())
+    for first in sorted(tried, key=_Trial.rank):
+        yield from of[first.candidate.policy.name][1:]
 
 
 def _fewer(final: list[_Trial], paper: list[_Trial], most: int) -> list[_Trial]:

@@ -1,6 +1,5 @@
 """Policies by name."""
 
-from itertools import zip_longest
 from typing import Any
 
 import modes_cli.skipping.policies  # noqa: F401  each module registers its policy
@@ -49,14 +48,10 @@ def variants(text: str) -> list[Policy]:
 
 
 def automatic_policies(first: str) -> list[Policy]:
-    """All that `auto` tries: the first variant of the policy `first`, every other one's in their order, then every second one,
-    and so on: a small budget is not spent on the variants of one policy.
-    """
-    names = sorted((name for name, kind in REGISTRY.items() if kind.automatic), key=lambda name: REGISTRY[name].automatic)
-    rounds = zip_longest(*(variants(name) for name in names))
-    every = [one for together in rounds for one in together if one is not None]
-    begin = next(number for number, one in enumerate(every) if one.name == first)
-    return [every[begin], *every[:begin], *every[begin + 1 :]]
+    """All that `auto` tries, policy by policy: the variants of `first`, and of the others in their order."""
+    names = [name for name, kind in REGISTRY.items() if kind.automatic]
+    names.sort(key=lambda name: (name != first, REGISTRY[name].automatic))
+    return [one for name in names for one in variants(name)]
 
 
 def policy_names() -> list[str]:
