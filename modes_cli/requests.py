@@ -130,6 +130,8 @@ class EvaluateRequest:
 class BenchRequest:
     """Prefill and decode at each of `batches`; the run's bundle in ONNX Runtime against transformers.
 
+    With a `bundle`, its own weights and thresholds in both, on the CPU unless `device` says otherwise; no run folder is read.
+    `stock`: also the same model exported with ONNX Runtime's own operators; None: where a bundle is named.
     With a `shape`: a random decoder of these sizes instead (`layers` of them), its weights and tokens by `data.seed`.
     """
 
@@ -144,6 +146,7 @@ class BenchRequest:
     device: str = "auto"
     fresh: bool = False
     progress: Progress = field(default_factory=Silent)
+    stock: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ class Machine(Strict):
 
 
 class Case(Strict):
-    """`skip_ratio` is what was skipped; `speedup` is over `transformers` as it comes, at the same phase and batch."""
+    """`skip_ratio` is what was skipped; `speedup` is over `transformers` as it comes, at the same phase and batch;
+    `over_stock` over the same model exported with ONNX Runtime's own operators, where that was measured.
+    """
 
     phase: Literal["prefill", "decode"]
     tokens: Positive
@@ -26,6 +28,7 @@ class Case(Strict):
     seconds: NonNegative
     speedup: NonNegative
     limit_fraction: NonNegative
+    over_stock: NonNegative | None = None
 
 
 class Bench(Artifact):

@@ -29,6 +29,14 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of that decoder.  (default: all)", show_default=False)
     ] = None,
+    stock: Annotated[
+        bool | None,
+        typer.Option(
+            "--stock/--no-stock",
+            help="Also the same model exported with ONNX Runtime's own operators.  (default: with --bundle)",
+            show_default=False,
+        ),
+    ] = None,
     device: options.DeviceOption = options.Device.auto,
     data: options.Data = None,
     split: options.Split = None,
@@ -53,13 +61,15 @@ def bench(
                 raise BadOption(f"`--layers {layers}` says how many layers `--shape` has", hint="give `--shape` too")
             spec = options.evaluation_data(model_of(run, bundle), data, split, samples, seed, columns)
         else:
+            if stock:
+                raise BadOption("`--stock` means nothing with `--shape`", hint="a shape is timed in PyTorch only")
             spec = _random_data(seed, bundle=bundle, target=target, data=data, split=split, samples=samples)
         from modes_cli.benchmark import bench as measure
         from modes_cli.requests import BenchRequest
 
         batches = tuple(dict.fromkeys(batch or DEFAULT_BATCHES))
         outcome = measure(
-            BenchRequest(spec, run, bundle, target, batches, repeats, shape, layers, device.value, fresh, out.progress)
+            BenchRequest(spec, run, bundle, target, batches, repeats, shape, layers, device.value, fresh, out.progress, stock)
         )
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)
 
@@ -84,10 +94,14 @@ def result(found: "Bench") -> dict[str, Any]:
 def tables(found: "Bench") -> list[Any]:
     """What people get of a benchmark."""
     columns = ["phase", "tokens", "batch", "runtime", "skipped", "seconds", "speedup", "of the limit"]
-    rows = [
+    rows: list[list[Any]] = [
         [c.phase, c.tokens, c.batch, c.runtime, c.skip_ratio, c.seconds, f"{c.speedup:.2f}x", f"{c.limit_fraction:.0%}"]
         for c in found.cases
     ]
+    if any(c.over_stock is not None for c in found.cases):
+        columns.append("over stock")
+        for row, c in zip(rows, found.cases, strict=True):
+            row.append("" if c.over_stock is None else f"{c.over_stock:.2f}x")
     machine = found.machine
     limits = f"{machine.peak_flops / 1e9:,.0f} GFLOP/s, {machine.read_bandwidth / 1e9:,.1f} GB/s"
     return [

@@ -107,7 +107,7 @@ def _bundle(request: EvaluateRequest, run: RunFolder, folder: Path) -> Subject:
     if not (folder / BUNDLE_FILE).is_file():
         raise BadOption(f"`{folder}` is no bundle: it has no {BUNDLE_FILE}", hint="`modes export` makes one")
     bundle = read_json(folder / BUNDLE_FILE, Bundle)
-    point = _point(bundle, request.target, request.decode_target)
+    point = point_of(bundle, request.target, request.decode_target)
 
     def open_it() -> Answer:
         from modes_cli.runtime.ort_model import OrtModel
@@ -126,22 +126,28 @@ def _bundle(request: EvaluateRequest, run: RunFolder, folder: Path) -> Subject:
     return Subject("ort", bundle.model, bundle.policy, *at, digest, False, calibrated_on, open_it)
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
+    """Thresholds that a bundle can run at, by group."""
+
     target: float
     decode_target: float | None
     tau: Mapping[str, float]
 
 
-def _point(bundle: Bundle, target: float | None, decode_target: float | None) -> _Point:
-    """The bundle's own point where that is not ruled out; else as `select` chooses among results."""
+def point_of(bundle: Bundle, target: float | None, decode_target: float | None) -> Point:
+    """The bundle's own point where that is not ruled out; else as `select` chooses among results.
 
-    def fits(point: _Point) -> bool:
+    Raises:
+        BadOption: the bundle has no such point.
+    """
+
+    def fits(point: Point) -> bool:
         return target in (None, point.target) and decode_target in (None, point.decode_target)
 
-    own = _Point(bundle.target, bundle.decode_target, bundle.tau)
+    own = Point(bundle.target, bundle.decode_target, bundle.tau)
     if fits(own):
         return own
-    points = [_Point(point.target, point.decode_target, point.tau) for point in bundle.points]
+    points = [Point(point.target, point.decode_target, point.tau) for point in bundle.points]
     fitting = [point for point in points if fits(point)]
     if not fitting:
         wanted, known = _named(target, decode_target), ", ".join(_named(point.target, point.decode_target) for point in points)

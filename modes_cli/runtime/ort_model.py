@@ -1,5 +1,6 @@
 """Batched greedy generation from a bundle in ONNX Runtime."""
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class State:
     attention_mask: Ints  # [B, P]
     deltas: Ints  # [B, 1]: the next position less the number of real tokens
     logits: Floats  # [B, rows kept, V] of the last call
-    kept: Ints  # [L, G] of the last call
+    kept: Ints | None  # [L, G] of the last call; None: the decoder skips nothing
 
 
 class OrtModel:
@@ -69,9 +70,23 @@ class OrtModel:
         self.tokens = bundled_groups(self.bundle)
         self.merge = int(getattr(self.processor.image_processor, "merge_size", 1))
         self._no_features = np.zeros((0, self.embedding.get_outputs()[0].shape[2]), np.float32)
-        self._outputs = [output.name for output in self.decoder.get_outputs()]
         self._cache = "cuda" if uses_cuda(providers) else "cpu"  # where keys and values stay between steps
-        self._pasts = [name.replace("present.", "past_key_values.") for name in self._outputs[2:]]
+        self._read_names()
+
+    def _read_names(self) -> None:
+        self._inputs = {value.name for value in self.decoder.get_inputs()} | {
+            value.name
+            for value in self.decoder.get_overridable_initializers()  # those with a default
+        }
+        self._outputs = [output.name for output in self.decoder.get_outputs()]
+        self._pasts = [name.replace("present.", "past_key_values.") for name in self._outputs if name.startswith("present.")]
+
+    def with_decoder(self, decoder: ort.InferenceSession) -> "OrtModel":
+        """The same with another decoder, which may lack what only skipping needs: input_ids, tau, kept_pairs."""
+        other = copy.copy(self)
+        other.decoder = decoder
+        other._read_names()
+        return other
 
     # -- prompts ----------------------------------------------------------------------------------------------------
 
@@ -180,6 +195,8 @@ class OrtModel:
         if tau is not None:
             feeds["tau"] = tau
         for name, array in feeds.items():
+            if name not in self._inputs:
+                continue
             # Not bind_cpu_input: it does not know inputs that have a default.
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, value in zip(self._pasts, state.past, strict=True):
@@ -187,8 +204,10 @@ class OrtModel:
         for name in self._outputs:
             binding.bind_output(name, self._cache if name.startswith("present.") else "cpu")
         self.decoder.run_with_iobinding(binding)
-        logits, kept, *state.past = binding.get_outputs()
-        state.logits, state.kept = logits.numpy(), kept.numpy()
+        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        kept = found.get("kept_pairs")
+        state.logits, state.kept = found["logits"].numpy(), None if kept is None else kept.numpy()
+        state.past = [value for name, value in found.items() if name.startswith("present.")]
 
     def generate(
         self,
@@ -252,12 +271,15 @@ class OrtModel:
         return state
 
     def decode_steps(self, state: State, steps: int, tau: Floats | None) -> PairCounts:
-        """Generate exactly so many tokens per row, whatever they are, and leave `state` as it is: for measuring."""
+        """Generate exactly so many tokens of text per row, and leave `state` as it is: for measuring."""
         counts = PairCounts(len(self.bundle.moe_layers))
         state = replace(state)
         running = np.ones_like(state.deltas)
+        never = [*self.tokens.special_ids, *self.tokens.vision_ids, *self.tokens.audio_ids]
         for _ in range(steps):
-            ids = state.logits[:, -1].argmax(-1).astype(np.int64)[:, None]
+            logits = state.logits[:, -1].copy()
+            logits[:, never] = -np.inf
+            ids = logits.argmax(-1).astype(np.int64)[:, None]
             self.next_token(state, ids, running, tau)
             self._count(counts, DECODE, ids, running, state.kept)
         return counts
@@ -275,9 +297,9 @@ class OrtModel:
         ids = self.bundle.vision_token_ids
         return mrope_positions(prompts.input_ids, prompts.attention_mask, prompts.grids, ids, self.merge)
 
-    def _count(self, counts: PairCounts, phase: int, ids: Ints, mask: Ints, kept: Ints) -> None:
+    def _count(self, counts: PairCounts, phase: int, ids: Ints, mask: Ints, kept: Ints | None) -> None:
         real = torch.from_numpy(np.ascontiguousarray(mask)) != 0
         group = with_decode(self.tokens.of(torch.from_numpy(np.ascontiguousarray(ids))), last_real(real))[real]
-        total = torch.bincount(group.long(), minlength=kept.shape[1]) * self.bundle.top_k
+        total = torch.bincount(group.long(), minlength=len(self.bundle.groups)) * self.bundle.top_k
         counts.total[phase] += total
-        counts.kept[phase] += torch.from_numpy(kept)
+        counts.kept[phase] += total if kept is None else torch.from_numpy(kept)

@@ -45,9 +45,7 @@ def open_graph(
     require_available(asked)
     check_graph(folder / name, graph_weights(folder, bundle))
     library = operator_library(folder, bundle, asked)
-    options = ort.SessionOptions()
-    options.log_severity_level = _QUIET
-    options.intra_op_num_threads = threads
+    options = quiet_options(threads)
     if name == DECODER:
         _register(options, library)
     try:
@@ -59,6 +57,14 @@ def open_graph(
         ) from error
     require_taken(opened, asked)
     return opened
+
+
+def quiet_options(threads: int) -> ort.SessionOptions:
+    """What every session of ours is made with. `threads` 0: one per core."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    return options
 
 
 def _register(options: ort.SessionOptions, library: Path) -> None:

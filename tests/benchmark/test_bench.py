@@ -11,8 +11,9 @@ import pytest
 from modes_cli.artifacts.bench import Machine
 from modes_cli.benchmark import bench
 from modes_cli.benchmark.cost import Cost
+from modes_cli.commands.bench import tables
 from modes_cli.data.sample import DataSpec
-from modes_cli.errors import MissingArtifact
+from modes_cli.errors import BadOption, MissingArtifact
 from modes_cli.requests import BenchRequest
 from tests.pipeline import prepared_run
 
@@ -57,3 +58,35 @@ def test_the_limit_is_arithmetic_or_reading_whichever_is_longer() -> None:
     assert cost.limit(1, 1.0, MACHINE, logits=1) == pytest.approx(4 * 1000 / 1e9)
     half = cost.limit(10_000, 0.5, MACHINE, logits=10)
     assert math.isclose(half, 2 * (10_000 * 900 + 10 * 100 + 2 * 10_000 * 100) / 1e9)
+
+
+def test_a_bundle_alone_against_stock_operators_and_transformers(run: Path, tmp_path: Path) -> None:
+    """Neither calibration nor thresholds of a run folder are needed, and every runtime has as many threads."""
+    bundle = Path(shutil.move(run / "bundle", tmp_path / "bundle"))
+    shutil.rmtree(run)
+    request = BenchRequest(DataSpec("digits", "test", 2), tmp_path / "elsewhere", bundle, 0.3, batches=(1,), repeats=2)
+    artifact = bench(request).artifact
+
+    by_name = {(case.phase, case.runtime): case for case in artifact.cases}
+    names = ("transformers", "transformers+modes", "onnxruntime", "onnxruntime+modes", "onnxruntime MoE")
+    assert set(by_name) == {(phase, name) for phase in ("prefill", "decode") for name in names}
+    assert artifact.options["target"] == 0.3  # one of the bundle's points that is not its own
+    assert artifact.options["stock"] is True
+    for phase in ("prefill", "decode"):
+        stock = by_name[phase, "onnxruntime MoE"]
+        assert (stock.skip_ratio, stock.over_stock) == (0, 1.0)
+        ours = by_name[phase, "onnxruntime+modes"]
+        assert ours.over_stock == pytest.approx(stock.seconds / ours.seconds)
+        assert ours.skip_ratio == pytest.approx(by_name[phase, "transformers+modes"].skip_ratio, abs=0.02)
+    assert 0.15 < by_name["prefill", "onnxruntime+modes"].skip_ratio < 0.45
+    assert any(note.startswith("stock operators, batch 1: logits within") for note in artifact.notes)
+    shown = [line for line in map(str, tables(artifact)) if line.startswith("note: ")]
+    assert len(shown) == len(artifact.notes)
+
+
+def test_stock_operators_are_of_the_cpu(run: Path, tmp_path: Path) -> None:
+    request = BenchRequest(DataSpec("digits", "test", 2), tmp_path, run / "bundle", device="cuda")
+    with pytest.raises(BadOption, match="compared on the CPU"):
+        bench(request)
+    with pytest.raises(BadOption, match="no point for target"):
+        bench(BenchRequest(DataSpec("digits", "test", 2), tmp_path, run / "bundle", 0.99, device="cpu"))
