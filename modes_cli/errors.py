@@ -120,6 +120,12 @@ class ProcessLost(ModesError):
         )
 
 
+class VllmMismatch(ModesError):
+    """A vLLM, or a model in it, to which a bundle's thresholds cannot be applied exactly."""
+
+    usual_hint = "docs/vllm.md says what is supported; unset `MODES_BUNDLE` to serve without skipping"
+
+
 class GateFailed(ModesError):
     """A quality gate did not hold; pipelines stop here."""
 

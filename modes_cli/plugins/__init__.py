@@ -1,0 +1,1 @@
+"""Bundles inside other engines: what an engine loads by its own plugin mechanism."""
