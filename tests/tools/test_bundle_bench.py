@@ -1,0 +1,38 @@
+"""The published comparison with stock operators: its page is made of its raw numbers, and says no more than they do."""
+
+from __future__ import annotations
+
+import json
+
+from modes_cli.artifacts import Bench
+from tools.bundle_bench import OURS, OUTPUT, STOCK, page
+
+
+def published() -> dict[str, list[Bench]]:
+    groups: dict[str, list[Bench]] = {}
+    for entry in json.loads(OUTPUT.read_text("utf-8")):
+        groups.setdefault(entry["search"], []).append(Bench.model_validate(entry["bench"]))
+    return groups
+
+
+def test_the_page_is_made_of_the_raw_numbers() -> None:
+    assert OUTPUT.with_suffix(".md").read_text("utf-8") == page(published())
+
+
+def test_what_the_page_claims() -> None:
+    groups = published()
+    over = {
+        name: {phase: [c.over_stock or 0.0 for b in runs for c in b.cases if (c.runtime, c.phase) == (OURS, phase)] for phase in
+               ("prefill", "decode")}
+        for name, runs in groups.items()
+    }  # fmt: skip
+    assert all(1.2 <= round(ratio, 1) <= 1.5 for ratios in over["modes"].values() for ratio in ratios)
+    assert all(1.2 <= round(ratio, 1) <= 1.6 for ratio in over["auto"]["prefill"])
+    assert min(over["auto"]["decode"]) < 1 < max(over["auto"]["decode"]) < 1.1
+    for runs in groups.values():
+        for bench in runs:
+            stock = {(c.phase, c.batch): c for c in bench.cases if c.runtime == STOCK}
+            assert bench.options["target"] == 0.75
+            assert all(c.over_stock == stock[c.phase, c.batch].seconds / c.seconds for c in bench.cases)
+            assert sum("of the bundle's at tau = 0" in note for note in bench.notes) == len(stock) / 2
+            assert bench.machine.threads == 1
