@@ -19,7 +19,7 @@ class ModelSpec:
 
     `device_map`: how transformers spreads the weights over several devices. `offload`: decoder layers are read when they run.
     `family`: whether one that is not tested may be profiled and calibrated. `special`: whether special tokens keep all their
-    experts, or are text like any other.
+    experts, or are text like any other. `quantize`: how its expert weights are stored; they are in memory as what comes back.
     """
 
     id: str
@@ -32,6 +32,7 @@ class ModelSpec:
     offload: bool = False
     family: str = "known"  # known | auto
     special: str = "keep"  # keep | skip
+    quantize: str | None = None  # int8 | int4
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class SearchRequest:
 @dataclass(frozen=True)
 class ExportRequest:
     """`target` None: the only search result, or the largest target. `decode_target`: which of those with the same target.
-    `output` None: RUN/bundle.
+    `output` None: RUN/bundle. `quantize` None: as the run was calibrated.
     """
 
     run: Path | None = None
@@ -86,6 +87,7 @@ class ExportRequest:
     fresh: bool = False
     progress: Progress = field(default_factory=Silent)
     decode_target: float | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)

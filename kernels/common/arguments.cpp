@@ -63,7 +63,7 @@ modes_status check_sizes(const modes_args* args, modes_message* message) {
     const char* name;
     int32_t value, count;
   } choices[] = {{"activation_dtype", args->activation_dtype, 3},
-                 {"weight_dtype", args->weight_dtype, 3},
+                 {"weight_dtype", args->weight_dtype, 5},
                  {"id_dtype", args->id_dtype, 2},
                  {"activation", args->activation, 3},
                  {"transposed", args->transposed, 2},
@@ -77,11 +77,22 @@ modes_status check_sizes(const modes_args* args, modes_message* message) {
   if (args->activation == MODES_SWIGLU_OAI && !(args->limit >= 0.0f)) {
     return fail(message, MODES_BAD_ARGUMENT, "limit is `%g`, must not be negative", static_cast<double>(args->limit));
   }
+  if (is_quantised(args->weight_dtype)) {
+    if (args->transposed) return fail(message, MODES_BAD_ARGUMENT, "quantised weights cannot be transposed");
+    if (args->block <= 0 || args->block % kQuantisedGroup != 0) {
+      return fail(message, MODES_BAD_ARGUMENT, "block is `%lld`, must be a multiple of %d", static_cast<long long>(args->block),
+                  kQuantisedGroup);
+    }
+    const int64_t most = kQuantisedGroup - 1;  // that a row is filled up by
+    if (!fits({args->experts, args->intermediate + most, args->hidden + most})) {
+      return fail(message, MODES_BAD_SHAPE, "the sizes are too large");
+    }
+  }
   return MODES_OK;
 }
 
 modes_status check_pointers(const modes_args& args, modes_message* message) {
-  const bool some = args.tokens > 0;
+  const bool some = args.tokens > 0, scaled = is_quantised(args.weight_dtype);
   const int64_t element = dtype_size(args.activation_dtype), id = args.id_dtype == MODES_I64 ? 8 : 4;
   const struct {
     const char* name;
@@ -97,6 +108,8 @@ modes_status check_pointers(const modes_args& args, modes_message* message) {
                   {"score", args.score, false, 4},
                   {"gate_up", args.gate_up, true, 1},
                   {"down", args.down, true, 1},
+                  {"gate_up_scales", args.gate_up_scales, scaled, 1},
+                  {"down_scales", args.down_scales, scaled, 1},
                   {"out", args.out, some, element},
                   {"kept", args.kept, false, 8}};
   for (const auto& p : pointers) {

@@ -22,6 +22,10 @@ namespace {
 
 inline int64_t dtype_size(int32_t dtype) { return dtype == MODES_F32 ? 4 : 2; }
 
+// Elements of quantised weights that are stored together; the block of a scale is one or several of these.
+constexpr int kQuantisedGroup = 32;
+inline bool is_quantised(int32_t weight_dtype) { return weight_dtype == MODES_I8 || weight_dtype == MODES_I4; }
+
 inline float read_f32(const unsigned char* p) {
   float v;
   memcpy(&v, p, sizeof v);

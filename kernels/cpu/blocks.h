@@ -35,6 +35,8 @@ void widen(const modes_args& args, int64_t token, float* x) {
   const int32_t dtype = layer.args->weight_dtype;
   if (dtype == MODES_F32) return gate_up<Floats, MODES_F32>(layer, expert, t0, t1, first, last, panel);
   if (dtype == MODES_BF16) return gate_up<Floats, MODES_BF16>(layer, expert, t0, t1, first, last, panel);
+  if (dtype == MODES_I8) return gate_up<Floats, MODES_I8>(layer, expert, t0, t1, first, last, panel);
+  if (dtype == MODES_I4) return gate_up<Floats, MODES_I4>(layer, expert, t0, t1, first, last, panel);
   gate_up<Floats, MODES_F16>(layer, expert, t0, t1, first, last, panel);
 }
 
@@ -42,6 +44,8 @@ void widen(const modes_args& args, int64_t token, float* x) {
   const int32_t dtype = layer.args->weight_dtype;
   if (dtype == MODES_F32) return down<Floats, MODES_F32>(layer, first, last, strip, panel);
   if (dtype == MODES_BF16) return down<Floats, MODES_BF16>(layer, first, last, strip, panel);
+  if (dtype == MODES_I8) return down<Floats, MODES_I8>(layer, first, last, strip, panel);
+  if (dtype == MODES_I4) return down<Floats, MODES_I4>(layer, first, last, strip, panel);
   down<Floats, MODES_F16>(layer, first, last, strip, panel);
 }
 

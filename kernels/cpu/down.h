@@ -14,7 +14,7 @@ void down_panelled(const Layer& layer, const Rows<W>& rows, const Matrix<D>& m, 
     const Columns columns = down_columns(m, c, width);
     const int64_t next = (c + kPanelColumns < last ? m.column(c + kPanelColumns) : following) - m.column(c);
     const float* sums = panel_sums<W, D>(rows, 0, rows.tiles, layer.inner + rows.first * words<W>(m.depth), columns,
-                                         m.transposed, m.depth, next, panel);
+                                         m.transposed, m.depth, m.pitch, next, panel);
     vfloat bias[2] = {};
     if (m.bias) {
       for (int64_t l = 0; l < width; ++l) bias[l / kLanes][l % kLanes] = m.bias_of(c + l);
@@ -39,15 +39,15 @@ void down_in_place(const Layer& layer, const Rows<W>& rows, const Matrix<D>& m, 
   for (int64_t i = 0; i < rows.count; ++i) row[i] = reinterpret_cast<const unsigned char*>(layer.inner + (rows.first + i) * Iw);
   const int64_t run = (last - first + N - 1) / N;
   for (int64_t c = 0; c < run; ++c) {
-    const unsigned char* column[N];
+    const unsigned char *column[N], *scales[N];
     int64_t at[N];  // within the strip
     for (int j = 0; j < N; ++j) {
       at[j] = least(j * run + c, last - first - 1);
-      column[j] = m.column(first + at[j]);
+      column[j] = m.column(first + at[j]), scales[j] = m.scales_of(first + at[j]);
     }
-    const int64_t ahead = c + 1 < run ? m.depth * kBytes<D> : following - column[0];
+    const int64_t ahead = c + 1 < run ? m.pitch : following - column[0];
     float out[kFewRows][N];
-    dot_rows<W, D, N>(row, rows.count, column, m.depth, ahead, out);
+    dot_rows<W, D, N>(row, rows.count, m, column, scales, ahead, out);
     for (int64_t i = 0; i < rows.count; ++i) {
       const float weight = routing.row_weight[rows.first + i];
       float* to = strip + (routing.row_token[rows.first + i] - routing.first_token) * pitch;

@@ -76,14 +76,16 @@ void gate_up_panelled(const Layer& layer, const Rows<W>& rows, const Matrix<D>& 
   const modes_args& args = *layer.args;
   const int64_t Hw = words<W>(m.depth), Iw = words<W>(args.intermediate);
   int64_t c = first;
-  if (m.transposed && rows.count == 1) c = gate_up_direct<W, D, 1>(layer, rows, m, first, last);
-  if (m.transposed && rows.count == 2) c = gate_up_direct<W, D, 2>(layer, rows, m, first, last);
+  if constexpr (!kQuantised<D>) {
+    if (m.transposed && rows.count == 1) c = gate_up_direct<W, D, 1>(layer, rows, m, first, last);
+    if (m.transposed && rows.count == 2) c = gate_up_direct<W, D, 2>(layer, rows, m, first, last);
+  }
   for (; c < last; c += kLanes) {
     const int64_t units = least(kLanes, last - c);
     const Columns columns = gate_up_columns(args, m, c, units);
-    const int64_t next = (args.interleaved ? 2 : 1) * kLanes * m.depth * kBytes<D>;
+    const int64_t next = (args.interleaved ? 2 : 1) * kLanes * m.pitch;
     const float* sums = panel_sums<W, D>(rows, t0, t1, layer.gathered + rows.first * Hw, columns, m.transposed, m.depth,
-                                         next, panel);
+                                         m.pitch, next, panel);
     vfloat gate_bias, up_bias;
     biases<W>(args, m, c, units, &gate_bias, &up_bias);
     for (int64_t t = t0; t < t1; ++t) {
@@ -102,18 +104,19 @@ void gate_up_in_place(const Layer& layer, const Rows<W>& rows, const Matrix<D>& 
   const int64_t Iw = words<W>(args.intermediate), bytes = W::kPairs ? 2 : 4;
   const unsigned char* row[kFewRows];
   for (int64_t i = 0; i < rows.count; ++i) row[i] = layer.x + layer.routing.row_token[rows.first + i] * m.depth * bytes;
-  const int64_t ahead = (args.interleaved ? 2 : 1) * m.depth * kBytes<D>;
+  const int64_t ahead = (args.interleaved ? 2 : 1) * m.pitch;
   for (int64_t c0 = first; c0 < last; c0 += kLanes) {
     const int64_t units = least(kLanes, last - c0), run = (units + kUnits - 1) / kUnits;
     float gate[kFewRows][kLanes] = {}, up[kFewRows][kLanes] = {};
     for (int64_t c = 0; c < run; ++c) {
-      const unsigned char* column[N];
+      const unsigned char *column[N], *scales[N];
       for (int q = 0; q < kUnits; ++q) {
-        column[q] = m.column(gate_column(args, c0 + least(q * run + c, units - 1)));
-        column[kUnits + q] = m.column(up_column(args, c0 + least(q * run + c, units - 1)));
+        const int64_t unit = c0 + least(q * run + c, units - 1), gate_at = gate_column(args, unit), up_at = up_column(args, unit);
+        column[q] = m.column(gate_at), scales[q] = m.scales_of(gate_at);
+        column[kUnits + q] = m.column(up_at), scales[kUnits + q] = m.scales_of(up_at);
       }
       float out[kFewRows][N];
-      dot_rows<W, D, N>(row, rows.count, column, m.depth, ahead, out);
+      dot_rows<W, D, N>(row, rows.count, m, column, scales, ahead, out);
       for (int64_t i = 0; i < rows.count; ++i) {
         for (int q = 0; q < kUnits; ++q) gate[i][q * run + c] = out[i][q], up[i][q * run + c] = out[i][kUnits + q];
       }

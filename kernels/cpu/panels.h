@@ -2,6 +2,7 @@
 // direct_tile, which reads weights that are stored by depth (transposed) without packing them.
 #pragma once
 
+#include "cpu/quantised.h"
 #include "cpu/tiles.h"
 
 namespace {
@@ -10,6 +11,8 @@ namespace {
 // columns at depth 0, or with `interleaved` one run of pairs, gate and up in turn, in run[0].
 struct Columns {
   const unsigned char* column[kPanelColumns];
+  const unsigned char* scales[kPanelColumns];  // of the columns, and elements of a block: quantised ones only
+  int64_t block;
   const unsigned char* run[2];
   int64_t width[2];  // of the runs; both are the pairs' number when interleaved
   int64_t stride;    // bytes from one depth to the next

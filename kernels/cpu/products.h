@@ -13,13 +13,18 @@ using modes::Routing;
 template <int32_t D>
 struct Matrix {
   const unsigned char* data;
-  const void* bias;  // of all experts, or null
-  int64_t bias_at;   // this expert's first element
-  int64_t columns, depth;
+  const unsigned char* scales;  // quantised only, [columns, blocks] float16
+  const void* bias;             // of all experts, or null
+  int64_t bias_at;              // this expert's first element
+  int64_t columns, depth, pitch;  // pitch: bytes from one column to the next, not transposed
+  int64_t block, blocks;          // quantised only: elements of a block, blocks of a column
   bool transposed;
 
-  const unsigned char* column(int64_t c) const { return data + (transposed ? c : c * depth) * kBytes<D>; }
-  MODES_INLINE float bias_of(int64_t c) const { return bias ? read_element(bias, bias_at + c, D) : 0.0f; }
+  const unsigned char* column(int64_t c) const { return data + (transposed ? c * kBytes<D> : c * pitch); }
+  const unsigned char* scales_of(int64_t c) const { return kQuantised<D> ? scales + c * blocks * 2 : nullptr; }
+  MODES_INLINE float bias_of(int64_t c) const {
+    return bias ? read_element(bias, bias_at + c, kQuantised<D> ? MODES_F32 : D) : 0.0f;
+  }
 };
 
 // Stored column of intermediate unit c's gate and up.
@@ -29,16 +34,28 @@ MODES_INLINE int64_t up_column(const modes_args& args, int64_t c) {
 }
 
 template <int32_t D>
+Matrix<D> matrix(const modes_args& args, int64_t expert, const void* data, const void* scales, const void* bias,
+                 int64_t columns, int64_t depth) {
+  Matrix<D> m{};
+  m.pitch = kQuantised<D> ? (depth + kGroup - 1) / kGroup * kGroupBytes<D> : depth * kBytes<D>;
+  m.data = static_cast<const unsigned char*>(data) + expert * columns * m.pitch;
+  if constexpr (kQuantised<D>) {
+    m.block = args.block, m.blocks = (depth + args.block - 1) / args.block;
+    m.scales = static_cast<const unsigned char*>(scales) + expert * columns * m.blocks * 2;
+  }
+  m.bias = bias, m.bias_at = expert * columns;
+  m.columns = columns, m.depth = depth, m.transposed = args.transposed != 0;
+  return m;
+}
+
+template <int32_t D>
 Matrix<D> gate_up_matrix(const modes_args& args, int64_t expert) {
-  const int64_t columns = 2 * args.intermediate;
-  return {static_cast<const unsigned char*>(args.gate_up) + expert * columns * args.hidden * kBytes<D>, args.gate_up_bias,
-          expert * columns, columns, args.hidden, args.transposed != 0};
+  return matrix<D>(args, expert, args.gate_up, args.gate_up_scales, args.gate_up_bias, 2 * args.intermediate, args.hidden);
 }
 
 template <int32_t D>
 Matrix<D> down_matrix(const modes_args& args, int64_t expert) {
-  return {static_cast<const unsigned char*>(args.down) + expert * args.hidden * args.intermediate * kBytes<D>, args.down_bias,
-          expert * args.hidden, args.hidden, args.intermediate, args.transposed != 0};
+  return matrix<D>(args, expert, args.down, args.down_scales, args.down_bias, args.hidden, args.intermediate);
 }
 
 // Gate columns of units [c, c + units) in the panel's first vector, up columns in the second. Places beyond `units`
@@ -53,9 +70,11 @@ Columns gate_up_columns(const modes_args& args, const Matrix<D>& m, int64_t c, i
     columns.interleaved = args.interleaved != 0;
     return columns;
   }
+  columns.block = m.block;
   for (int64_t i = 0; i < kLanes; ++i) {
-    columns.column[i] = m.column(gate_column(args, c + least(i, units - 1)));
-    columns.column[kLanes + i] = m.column(up_column(args, c + least(i, units - 1)));
+    const int64_t gate = gate_column(args, c + least(i, units - 1)), up = up_column(args, c + least(i, units - 1));
+    columns.column[i] = m.column(gate), columns.scales[i] = m.scales_of(gate);
+    columns.column[kLanes + i] = m.column(up), columns.scales[kLanes + i] = m.scales_of(up);
   }
   return columns;
 }
@@ -70,7 +89,10 @@ Columns down_columns(const Matrix<D>& m, int64_t c, int64_t width) {
     columns.stride = m.columns * kBytes<D>;
     return columns;
   }
-  for (int64_t i = 0; i < kPanelColumns; ++i) columns.column[i] = m.column(c + least(i, width - 1));
+  columns.block = m.block;
+  for (int64_t i = 0; i < kPanelColumns; ++i) {
+    columns.column[i] = m.column(c + least(i, width - 1)), columns.scales[i] = m.scales_of(c + least(i, width - 1));
+  }
   return columns;
 }
 
@@ -91,15 +113,19 @@ struct Rows {
 
 // One panel of columns times the rows of tiles [t0, t1), `packed` being the expert's rows as tiles. The weights are packed
 // once, into scratch `panel`, and the sums of all rows stand in what follows it; depths beyond kBlock go block by block.
-// Meanwhile the next panel is fetched, whose halves begin `next` bytes further. Returns sums [rows][2][kLanes].
+// Meanwhile the next panel is fetched, whose halves begin `next` bytes further, with `pitch` bytes a column. Returns sums [rows][2][kLanes].
 template <class W, int32_t D>
 float* panel_sums(const Rows<W>& rows, int64_t t0, int64_t t1, const float* packed, const Columns& columns, bool transposed,
-                  int64_t depth, int64_t next, float* panel) {
-  const int64_t all = words<W>(depth), half = transposed ? 0 : kLanes * depth * kBytes<D>;
+                  int64_t depth, int64_t pitch, int64_t next, float* panel) {
+  const int64_t all = words<W>(depth), half = transposed ? 0 : kLanes * pitch;
   float* sums = panel + least(all, kBlock) * kPanelColumns;
   for (int64_t d = 0; d < all; d += kBlock) {
     const int64_t end = least(all, d + kBlock);
-    pack_panel<W, D>(columns, transposed, depth, d, end, panel);
+    if constexpr (kQuantised<D>) {
+      pack_groups<D>(columns.column, columns.scales, columns.block, d, end, panel);
+    } else {
+      pack_panel<W, D>(columns, transposed, depth, d, end, panel);
+    }
     const int64_t share = end == all ? half / (t1 - t0) : 0;  // of each half, for a tile to fetch
     for (int64_t t = t0; t < t1; ++t) {
       const int64_t row = rows.tile(t), from = next + (t - t0) * share;
@@ -118,14 +144,20 @@ float* panel_sums(const Rows<W>& rows, int64_t t0, int64_t t1, const float* pack
 // Weights where they are, a few rows: N columns are read from memory once and stay in L1 for all row tiles. Callers take N
 // columns that lie apart and move on together: that many streams at once come faster from memory than one.
 template <class W, int32_t D, int N>
-MODES_INLINE void dot_rows(const unsigned char* const* row, int64_t count, const unsigned char* const* column, int64_t depth,
-                           int64_t ahead, float (*out)[N]) {
+MODES_INLINE void dot_rows(const unsigned char* const* row, int64_t count, const Matrix<D>& m,
+                           const unsigned char* const* column, const unsigned char* const* scales, int64_t ahead,
+                           float (*out)[N]) {
   constexpr int kMost = N == kWideColumns ? kWideRows : kDotRows;
   const int64_t tiles = (count + kMost - 1) / kMost;
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int64_t height = (count - first) / (tiles - t);
-    with_constant<kMost>(static_cast<int>(height), [&](auto m) __attribute__((always_inline)) {
-      dot_tile<W, D, decltype(m)::value, N>(row + first, column, depth, ahead, out + first);
+    with_constant<kMost>(static_cast<int>(height), [&](auto tall) __attribute__((always_inline)) {
+      constexpr int M = decltype(tall)::value;
+      if constexpr (kQuantised<D>) {
+        dot_groups<D, M, N>(row + first, column, scales, m.block, m.depth, ahead, out + first);
+      } else {
+        dot_tile<W, D, M, N>(row + first, column, m.depth, ahead, out + first);
+      }
     });
     first += height;
   }

@@ -43,7 +43,10 @@ MODES_INLINE vfloat load_depth_part(const unsigned char* p, int64_t count) {
 }
 
 template <int32_t D>
-constexpr int64_t kBytes = D == MODES_F32 ? 4 : 2;
+constexpr int64_t kBytes = D == MODES_F32 ? 4 : 2;  // of an element; quantised ones are stored in groups (quantised.h)
+
+template <int32_t D>
+constexpr bool kQuantised = D == MODES_I8 || D == MODES_I4;
 
 // One word from element pointer p, of which `count` elements (at least one) are there; zeros after them.
 template <class W, int32_t D>

@@ -46,7 +46,11 @@ modes_status check_limits(const modes_args& args, modes_message* message) {
 
 modes_status check(const modes_args* args, modes_message* message) {
   const modes_status status = check_sizes(args, message);
-  return status == MODES_OK ? check_limits(*args, message) : status;
+  if (status != MODES_OK) return status;
+  if (is_quantised(args->weight_dtype)) {
+    return fail(message, MODES_BAD_ARGUMENT, "quantised weights are not on CUDA yet; they run on the CPU");
+  }
+  return check_limits(*args, message);
 }
 
 // The most tokens of a round, and byte offsets into the workspace for that many.

@@ -49,7 +49,13 @@ typedef enum modes_status {
   MODES_CUDA = 9       /* a CUDA call failed; the message has its error */
 } modes_status;
 
-typedef enum modes_dtype { MODES_F32 = 0, MODES_F16 = 1, MODES_BF16 = 2 } modes_dtype;
+typedef enum modes_dtype {
+  MODES_F32 = 0,
+  MODES_F16 = 1,
+  MODES_BF16 = 2,
+  MODES_I8 = 3, /* these two: of weights only, see modes_args.gate_up_scales */
+  MODES_I4 = 4
+} modes_dtype;
 typedef enum modes_id_dtype { MODES_I64 = 0, MODES_I32 = 1 } modes_id_dtype;
 
 typedef enum modes_activation {
@@ -59,7 +65,7 @@ typedef enum modes_activation {
 } modes_activation;
 
 /* T tokens, H hidden, I intermediate, E experts, k = top_k, G groups. "A" is activation_dtype, "W" weight_dtype.
- * gate_up, down and the biases may have any alignment (they are read where a file was mapped); every other pointer is
+ * gate_up, down, scales and biases may have any alignment (they are read where a file was mapped); every other pointer is
  * aligned to its element. `out` overlaps no input. */
 typedef struct modes_args {
   uint64_t struct_size; /* sizeof(modes_args) */
@@ -86,7 +92,15 @@ typedef struct modes_args {
   const void* down_bias;          /* [E, H] W or null */
   void* out;                      /* [T, H] A, fully written; unspecified after an error */
   int64_t* kept;                  /* [G] or null: receives the number of kept pairs of each group */
+  const void* gate_up_scales;     /* [E, 2I, ceil(H / block)] float16; quantised weights only, as is what follows */
+  const void* down_scales;        /* [E, H, ceil(I / block)] float16 */
+  int64_t block;                  /* elements that share a scale: 32, or a multiple */
 } modes_args;
+
+/* Quantised weights are symmetric and block-wise: element d of a row is q[d] * scale[d / block], exact in float32, and the
+ * result has the bits that these products have as float32 weights. Rows lie along the depth (transposed is 0) and are filled
+ * up with zeros to a multiple of 32 elements. MODES_I8: q is int8. MODES_I4: of each 32 elements, byte i of 16 holds element i
+ * in its lower and element 16 + i in its upper half, both in two's complement. Biases are float32. CPU only so far. */
 
 /* Runs task(state, i) once for each i in 0..tasks-1, in any order, on any threads, and returns when all have run:
  * 0, or anything else for failure. */

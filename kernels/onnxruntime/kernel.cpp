@@ -8,8 +8,9 @@ namespace modes_ort {
 
 using ort::Api;
 
-const char* const kInputName[kInputs] = {"hidden",  "expert_ids", "expert_weights", "group",     "tau",  "score_scale",
-                                         "gate_up", "down",       "gate_up_bias",   "down_bias", "score"};
+const char* const kInputName[kInputs] = {"hidden",       "expert_ids", "expert_weights", "group",          "tau",
+                                         "score_scale",  "gate_up",    "down",           "gate_up_bias",   "down_bias",
+                                         "score",        "gate_up_scales", "down_scales"};
 
 namespace {
 
@@ -64,6 +65,8 @@ OrtStatus* read_attributes(const Api* api, const OrtKernelInfo* info, Attributes
   float value = 0.0f;
   if (present(api, ort::GetAttributeFloat::call(api, info, "alpha", &value))) attributes->alpha = value;
   if (present(api, ort::GetAttributeFloat::call(api, info, "limit", &value))) attributes->limit = value;
+  int64_t block = 0;
+  if (present(api, ort::GetAttributeInt::call(api, info, "block", &block))) attributes->block = block;
   if (OrtStatus* s = read_flag(api, info, "transposed", &attributes->transposed)) return s;
   return read_flag(api, info, "interleaved", &attributes->interleaved);
 }

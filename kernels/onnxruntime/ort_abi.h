@@ -25,7 +25,7 @@ constexpr uint32_t kApiVersion = 18;
 constexpr size_t kTableSize = 279;  // entries that version 18 has
 
 enum Error : int { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6, kNotImplemented = 9 };
-enum Element : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum Element : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 struct Api {

@@ -34,6 +34,8 @@ struct Overload : CustomOp {
   int activations, weights, ids;
 };
 
+bool quantised(int weights) { return weights == ort::kInt8 || weights == ort::kUint8; }
+
 const Overload& self(const CustomOp* op) { return *static_cast<const Overload*>(op); }
 
 int input_type(const CustomOp* op, size_t index) {
@@ -45,6 +47,10 @@ int input_type(const CustomOp* op, size_t index) {
     case kTau:
     case kScoreScale:
     case kScore: return ort::kFloat;
+    case kGateUpScales:
+    case kDownScales: return ort::kFloat16;
+    case kGateUpBias:
+    case kDownBias: return quantised(self(op).weights) ? int{ort::kFloat} : self(op).weights;
     default: return self(op).weights;
   }
 }
@@ -104,8 +110,10 @@ Overload overload(const Provider& provider, int activations, int weights, int id
 }
 
 constexpr int kFloats[] = {ort::kFloat, ort::kFloat16, ort::kBFloat16};
+// On a GPU quantised weights are an error of the kernel: without an overload ONNX Runtime would use the CPU and not say so.
+constexpr int kWeights[] = {ort::kFloat, ort::kFloat16, ort::kBFloat16, ort::kInt8, ort::kUint8};
 constexpr int kIds[] = {ort::kInt64, ort::kInt32};
-constexpr size_t kOverloads = 18 * sizeof(kProviders) / sizeof(kProviders[0]);
+constexpr size_t kOverloads = 30 * sizeof(kProviders) / sizeof(kProviders[0]);
 Overload g_overloads[kOverloads];  // outlive every session
 
 OrtStatus* make_domain(const Api* api, OrtCustomOpDomain** domain) {
@@ -113,7 +121,7 @@ OrtStatus* make_domain(const Api* api, OrtCustomOpDomain** domain) {
   size_t count = 0;
   for (const Provider& provider : kProviders) {
     for (int activations : kFloats) {
-      for (int weights : kFloats) {
+      for (int weights : kWeights) {
         for (int ids : kIds) {
           g_overloads[count] = overload(provider, activations, weights, ids);
           if (OrtStatus* s = ort::CustomOpDomainAdd::call(api, *domain, &g_overloads[count++])) return s;

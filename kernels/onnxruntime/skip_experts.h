@@ -22,6 +22,8 @@ enum Input : size_t {
   kGateUpBias,  // optional, as are those after it
   kDownBias,
   kScore,
+  kGateUpScales,  // of quantised weights: both or none
+  kDownScales,
   kInputs
 };
 enum Output : size_t {
@@ -39,6 +41,7 @@ struct Attributes {
   int32_t activation = MODES_SILU;
   float alpha = 1.702f, limit = 7.0f;
   bool transposed = false, interleaved = false;
+  int64_t block = 0;  // of quantised weights
 };
 
 OrtStatus* read_attributes(const ort::Api* api, const OrtKernelInfo* info, Attributes* attributes);

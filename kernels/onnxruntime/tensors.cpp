@@ -1,6 +1,7 @@
 // From ONNX Runtime's tensors to modes_args: every shape and dtype checked against the others.
 #include <cstring>
 
+#include "common/half.h"
 #include "onnxruntime/skip_experts.h"
 
 namespace modes_ort {
@@ -9,8 +10,13 @@ namespace {
 using ort::Api;
 
 int32_t dtype_of(int element) {
-  if (element == ort::kFloat16) return MODES_F16;
-  return element == ort::kBFloat16 ? MODES_BF16 : MODES_F32;
+  switch (element) {
+    case ort::kFloat16: return MODES_F16;
+    case ort::kBFloat16: return MODES_BF16;
+    case ort::kInt8: return MODES_I8;
+    case ort::kUint8: return MODES_I4;  // two in a byte
+    default: return MODES_F32;
+  }
 }
 
 const char* element_name(int element) {
@@ -20,6 +26,8 @@ const char* element_name(int element) {
     case ort::kInt64: return "int64";
     case ort::kFloat16: return "float16";
     case ort::kBFloat16: return "bfloat16";
+    case ort::kInt8: return "int8";
+    case ort::kUint8: return "uint8";
     default: return "another type";
   }
 }
@@ -58,6 +66,27 @@ OrtStatus* expect_element(const Api* api, const Tensor* inputs, Input index, int
                    element_name(wanted));
 }
 
+// Weights and scales as modes.h has them; the sizes are those of the layer, not what a row is filled up to.
+OrtStatus* expect_quantised(const Api* api, const Attributes& attributes, const Tensor* in, int64_t E, int64_t I, int64_t H) {
+  if (attributes.transposed) return error(api, ort::kInvalidArgument, "quantised weights cannot be transposed");
+  const int64_t block = attributes.block;
+  if (block <= 0 || block % kQuantisedGroup != 0) {
+    return error(api, ort::kInvalidArgument, "attribute block is `" + std::to_string(block) + "`, expected a multiple of 32");
+  }
+  for (Input index : {kGateUpScales, kDownScales}) {
+    if (in[index].element == ort::kUndefined) {
+      return error(api, ort::kInvalidArgument, std::string(kInputName[index]) + " is missing, and the weights are quantised");
+    }
+  }
+  const int64_t each = in[kGateUp].element == ort::kInt8 ? 1 : 2;  // weights of a byte
+  const auto stored = [&](int64_t depth) { return (depth + kQuantisedGroup - 1) / kQuantisedGroup * kQuantisedGroup / each; };
+  const auto blocks = [&](int64_t depth) { return (depth + block - 1) / block; };
+  if (OrtStatus* s = expect_shape(api, in, kGateUp, {E, 2 * I, stored(H)}, "[E, 2I, stored H]")) return s;
+  if (OrtStatus* s = expect_shape(api, in, kDown, {E, H, stored(I)}, "[E, H, stored I]")) return s;
+  if (OrtStatus* s = expect_shape(api, in, kGateUpScales, {E, 2 * I, blocks(H)}, "[E, 2I, blocks of H]")) return s;
+  return expect_shape(api, in, kDownScales, {E, H, blocks(I)}, "[E, H, blocks of I]");
+}
+
 }  // namespace
 
 OrtStatus* read_tensor(const Api* api, const OrtKernelContext* context, size_t index, Tensor* tensor) {
@@ -91,7 +120,11 @@ OrtStatus* bind(const Api* api, const Attributes& attributes, const Tensor* in, 
   const int64_t H = hidden.shape[hidden.rank - 1];
   const int64_t T = hidden.rank == 2 ? hidden.shape[0] : hidden.shape[0] * hidden.shape[1];
   const int64_t k = in[kExpertIds].shape[1], G = in[kTau].shape[0];
-  const int64_t E = in[kDown].shape[0], I = in[kDown].shape[attributes.transposed ? 1 : 2];
+  CHECK(expect_rank(api, in, kGateUp, 3, 3, attributes.transposed ? "[E, H, 2I]" : "[E, 2I, H]"));
+  const int activations = hidden.element, weights = in[kGateUp].element;
+  const bool quantised = is_quantised(dtype_of(weights));
+  const int64_t E = in[kDown].shape[0];
+  const int64_t I = quantised ? in[kGateUp].shape[1] / 2 : in[kDown].shape[attributes.transposed ? 1 : 2];
 
   CHECK(expect_shape(api, in, kExpertIds, {T, k}, "[T, k]"));
   CHECK(expect_shape(api, in, kExpertWeights, {T, k}, "[T, k]"));
@@ -103,7 +136,9 @@ OrtStatus* bind(const Api* api, const Attributes& attributes, const Tensor* in, 
   } else {
     CHECK(expect_shape(api, in, kScoreScale, {G}, "[G]"));
   }
-  if (attributes.transposed) {
+  if (quantised) {
+    CHECK(expect_quantised(api, attributes, in, E, I, H));
+  } else if (attributes.transposed) {
     CHECK(expect_shape(api, in, kDown, {E, I, H}, "[E, I, H]"));
     CHECK(expect_shape(api, in, kGateUp, {E, H, 2 * I}, "[E, H, 2I]"));
   } else {
@@ -113,12 +148,13 @@ OrtStatus* bind(const Api* api, const Attributes& attributes, const Tensor* in, 
   CHECK(expect_shape(api, in, kGateUpBias, {E, 2 * I}, "[E, 2I]"));
   CHECK(expect_shape(api, in, kDownBias, {E, H}, "[E, H]"));
 
-  const int activations = hidden.element, weights = in[kGateUp].element;
   CHECK(expect_element(api, in, kExpertWeights, activations));
   if (in[kExpertIds].element != ort::kInt64) CHECK(expect_element(api, in, kExpertIds, ort::kInt32));
   CHECK(expect_element(api, in, kGroup, ort::kInt32));
   for (Input index : {kTau, kScoreScale, kScore}) CHECK(expect_element(api, in, index, ort::kFloat));
-  for (Input index : {kDown, kGateUpBias, kDownBias}) CHECK(expect_element(api, in, index, weights));
+  for (Input index : {kGateUpScales, kDownScales}) CHECK(expect_element(api, in, index, ort::kFloat16));
+  CHECK(expect_element(api, in, kDown, weights));
+  for (Input index : {kGateUpBias, kDownBias}) CHECK(expect_element(api, in, index, quantised ? int{ort::kFloat} : weights));
 #undef CHECK
 
   *args = modes_args{};
@@ -149,6 +185,9 @@ OrtStatus* bind(const Api* api, const Attributes& attributes, const Tensor* in, 
   args->down = in[kDown].data;
   args->gate_up_bias = in[kGateUpBias].data;
   args->down_bias = in[kDownBias].data;
+  args->gate_up_scales = in[kGateUpScales].data;
+  args->down_scales = in[kDownScales].data;
+  args->block = quantised ? attributes.block : 0;
   return nullptr;
 }
 

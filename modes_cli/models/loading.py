@@ -17,6 +17,7 @@ from modes_cli.models.families import register
 from modes_cli.models.groups import TokenGroups, token_groups
 from modes_cli.models.placement import check_placement, first_device
 from modes_cli.models.processor import load_processor
+from modes_cli.models.quantization import SCHEMES, quantise_experts
 from modes_cli.models.structure import read_structure
 from modes_cli.ranks import place
 from modes_cli.requests import ModelSpec
@@ -120,8 +121,12 @@ def load(spec: ModelSpec) -> Loaded:
     Raises:
         BadModel: it cannot be found or used.
         UnknownLayout: its experts are of a form that is not understood.
+        BadOption: `quantize` is unknown, or does not go with `offload`.
     """
     check_placement(spec)
+    if spec.quantize is not None and (spec.offload or spec.quantize not in SCHEMES):
+        problem = "does not go with `--offload`" if spec.quantize in SCHEMES else f"is not one of {', '.join(SCHEMES)}"
+        raise BadOption(f"`--quantize {spec.quantize}` {problem}")
     device = pick_device(spec.device)
     folder, info, config = describe(spec)
     try:
@@ -145,6 +150,8 @@ def load(spec: ModelSpec) -> Loaded:
         torch.nn.Module.to(model, device)
     model.eval().requires_grad_(False)
     blocks = find_moe_blocks(model)
+    if spec.quantize is not None:
+        quantise_experts(blocks, SCHEMES[spec.quantize])
     processor = _processor(spec, folder)
     tokenizer = getattr(processor, "tokenizer", processor)
     groups = token_groups(config, tokenizer.all_special_ids, spec.special)

@@ -8,6 +8,7 @@ import torch
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+QUANTISED = {torch.int8: 3, torch.uint8: 4}  # of weights: int8, and two 4-bit numbers in a byte
 ID_DTYPES = {torch.int64: 0, torch.int32: 1}
 NO_MEMORY = 6  # modes_status
 
@@ -20,6 +21,8 @@ FIELDS = (
     *((name, "i") for name in ("transposed", "interleaved", "score_scale_per_expert", "threads")),
     *((name, "P") for name in ("x", "expert_ids", "expert_weights", "group", "tau", "score_scale", "score")),
     *((name, "P") for name in ("gate_up", "down", "gate_up_bias", "down_bias", "out", "kept")),
+    *((name, "P") for name in ("gate_up_scales", "down_scales")),
+    ("block", "q"),
 )
 _CTYPES: dict[str, Any] = {
     "Q": ctypes.c_uint64,

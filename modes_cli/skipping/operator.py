@@ -186,7 +186,7 @@ class BlockOperator:
         if limits and block.activation != "swiglu_oai":
             return f"{label} clamps its activations at `{limits[0]}`"
         try:
-            oai = (
+            oai: dict[str, Any] = (
                 {name: float(getattr(experts, name)) for name in ("alpha", "limit")} if block.activation == "swiglu_oai" else {}
             )
             return kernels.Experts(

@@ -61,7 +61,8 @@ def run(case: Case, *, kept: Tensor | None = None, threads: int | None = None) -
     return kernels.skip_experts(
         case.x, case.expert_ids, case.expert_weights, case.group, case.tau, case.score_scale, case.gate_up, case.down,
         case.gate_up_bias, case.down_bias, case.activation, ALPHA, LIMIT, case.transposed, case.interleaved,
-        score=case.score, kept=kept, threads=threads,
+        score=case.score, gate_up_scales=case.gate_up_scales, down_scales=case.down_scales, block=case.block, kept=kept,
+        threads=threads,
     )  # fmt: skip
 
 

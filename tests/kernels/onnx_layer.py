@@ -19,10 +19,13 @@ ELEMENT = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.int64: TensorProto.INT64,
     torch.int32: TensorProto.INT32,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
 }
 FED = ("x", "expert_ids", "expert_weights", "group", "tau", "score_scale", "score")
 NAMES = ("x", "expert_ids", "expert_weights", "group", "tau", "score_scale", "gate_up", "down", "gate_up_bias", "down_bias",
          "score")  # fmt: skip
+SCALES = ("gate_up_scales", "down_scales")
 
 
 def initializer(name: str, value: Tensor) -> TensorProto:
@@ -34,7 +37,7 @@ def model(case: Case, *, outputs: Sequence[str] = ("out",), **attributes: object
     """One SkipExperts node; activations are graph inputs with dynamic shapes, weights initializers. A bfloat16 input or
     output is cast at the border of the graph, since numpy has none."""
     nodes, inputs, initializers, names = [], [], [], []
-    for name in NAMES:
+    for name in (*NAMES, *SCALES):
         value = getattr(case, name)
         names.append("" if value is None else name)
         if value is None:
@@ -50,7 +53,8 @@ def model(case: Case, *, outputs: Sequence[str] = ("out",), **attributes: object
             nodes.append(helper.make_node("Cast", [f"{name}_float"], [name], to=TensorProto.BFLOAT16))
     while not names[-1]:
         names.pop()
-    values = {"activation": case.activation, "transposed": int(case.transposed), "interleaved": int(case.interleaved)}
+    values: dict[str, object] = {"block": case.block} if case.block else {}
+    values |= {"activation": case.activation, "transposed": int(case.transposed), "interleaved": int(case.interleaved)}
     nodes.append(helper.make_node("SkipExperts", names, list(outputs), domain="modes", **{**values, **attributes}))
     results = []
     for name in filter(None, outputs):

@@ -31,6 +31,9 @@ class Case:
     transposed: bool = False
     interleaved: bool = False
     score: Tensor | None = None
+    gate_up_scales: Tensor | None = None  # of quantised weights, which `quantised` makes; the definitions below take floats
+    down_scales: Tensor | None = None
+    block: int = 0
 
     def but(self, **changes: object) -> "Case":
         return replace(self, **changes)
