@@ -52,6 +52,11 @@ class Special(StrEnum):
     skip = "skip"
 
 
+class Quantize(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
 class Strategy(StrEnum):
     frontier = "frontier"
     two_pointer = "two-pointer"
@@ -97,6 +102,10 @@ TrustRemoteCode = Annotated[
 SpecialOption = Annotated[
     Special,
     typer.Option("--special", help="Special tokens keep all experts, or are skipped like text.", rich_help_panel=_MODEL),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option("--quantize", help="Expert weights in 8 or 4 bits.", show_default=False, rich_help_panel=_MODEL),
 ]
 TextOnly = Annotated[
     bool, typer.Option("--text-only", help="Allow a model without images: one modality, one threshold.", rich_help_panel=_MODEL)

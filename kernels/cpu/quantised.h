@@ -64,12 +64,16 @@ MODES_INLINE void load_group(const unsigned char* p, float scale, vfloat (&weigh
 #endif
 }
 
-// The first `count` of kScales scales as float32, zeros after.
-MODES_INLINE void widen_scales(const unsigned char* p, int64_t count, float (&scale)[kScales]) {
-  for (int64_t i = 0; i < kScales; i += kLanes) {
-    const vfloat wide = count - i >= kLanes ? load<MODES_F16>(p + i * 2) : load_part<MODES_F16>(p + i * 2, count < i ? 0 : count - i);
-    store_words(scale + i, wide);
-  }
+// The first `count` of kScales scales as float32; what comes after them is not used.
+MODES_INLINE void widen_scales(const unsigned char* p, int64_t count, float* scale) {
+#if defined(__AVX512F__)
+  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1u);
+  _mm512_storeu_ps(scale, _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(there, p)));
+#else
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_words(scale + i, load<MODES_F16>(p + i * 2));
+  for (; i < count; ++i) scale[i] = read_f16(p + i * 2);
+#endif
 }
 
 // dot_tile (tiles.h) on columns of groups. `scales`: of each column's blocks.

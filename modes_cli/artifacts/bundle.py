@@ -41,6 +41,13 @@ class DecoderInfo(Strict):
     frames_together: bool = False  # whether the vision graph must see the frames of a clip together
 
 
+class Quantization(Strict):
+    """How the expert weights are stored: `block` of them, one after another along the input dimension, share a scale."""
+
+    scheme: Literal["int8", "int4"]
+    block: Positive
+
+
 class Bundle(Strict):
     """`groups` names the rows of `tau`, in order; the last, `special`, is never skipped."""
 
@@ -50,6 +57,7 @@ class Bundle(Strict):
     calibration_data: DataInfo
     versions: Versions
     format: Literal["onnx", "safetensors"]
+    quantization: Quantization | None  # of the experts; None: as everything else
     policy: str
     parameters: dict[str, float]
     groups: list[str] = Field(min_length=1)

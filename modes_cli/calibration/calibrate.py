@@ -66,6 +66,8 @@ def _calibrate(request: CalibrateRequest, ranks: Ranks) -> Outcome[Calibration]:
         "question_column": request.data.question_column,
         "answer_column": request.data.answer_column,
     }
+    if request.model.quantize is not None:
+        options["quantize"] = request.model.quantize
     expected = identity(request.model, source, options)
     ranks.agree("model, data or library version", expected.flat)
     unfinished = Unfinished(run.file(UNFINISHED), expected.flat)

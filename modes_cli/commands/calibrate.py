@@ -19,6 +19,7 @@ def calibrate(
     text_only: options.TextOnly = False,
     special: options.SpecialOption = options.Special.keep,
     family: options.FamilyOption = options.Family.known,
+    quantize: options.QuantizeOption = None,
     device_map: options.DeviceMapOption = None,
     offload: options.Offload = False,
     data: options.Data = None,
@@ -44,7 +45,7 @@ def calibrate(
         spread = device_map and device_map.value
         checkpoint = ModelSpec(
             model, revision, dtype.value, device.value, trust_remote_code, text_only, spread, offload, family.value,
-            special.value,
+            special.value, quantize and quantize.value,
         )  # fmt: skip
         outcome = measure(CalibrateRequest(checkpoint, spec, run, batch_size, fresh, out.progress))
         out.show(result(outcome.artifact), *tables(outcome.artifact), f"written: {outcome.path}", artifact=outcome.path)

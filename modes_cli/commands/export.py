@@ -20,6 +20,10 @@ def export(
     ] = None,
     target: options.Target = None,
     decode_target: options.DecodeTarget = None,
+    quantize: Annotated[
+        options.Quantize | None,
+        typer.Option(help="Expert weights in 8 or 4 bits.  (default: as calibrated)", show_default=False),
+    ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     run: options.RunDir = None,
     fresh: options.Fresh = False,
@@ -36,7 +40,7 @@ def export(
         from modes_cli.requests import ExportRequest
 
         asked = (run, output, target, format.value, trust_remote_code, fresh, out.progress, decode_target)
-        exported = export_bundle(ExportRequest(*asked))
+        exported = export_bundle(ExportRequest(*asked, quantize and quantize.value))
         out.show(result(exported), *tables(exported), artifact=exported.path / "bundle.json")
 
 

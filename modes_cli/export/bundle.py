@@ -31,7 +31,7 @@ from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.export.vision import export_vision
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import versions
-from modes_cli.requests import Exported, ExportRequest
+from modes_cli.requests import Exported, ExportRequest, ModelSpec
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.calibrated import model_spec, require_current
 from modes_cli.search.selection import found_in, select
@@ -57,10 +57,11 @@ def export_bundle(request: ExportRequest) -> Exported:
     result = select(thresholds, request.target, request.decode_target)
     require_exportable(result, onnx=request.format == "onnx")
     require_replaceable(output)
-    rule = from_result(result, Measured(calibration, run))
-    if not request.fresh and (same := _same(output, thresholds, result, rule, request.format)) is not None:
-        return Exported(same, output, peak_rss())
     spec = model_spec(calibration, "cpu", request.trust_remote_code)
+    _require_calibrated(request.quantize, spec, run)
+    rule = from_result(result, Measured(calibration, run))
+    if not request.fresh and (same := _same(output, thresholds, result, rule, request.format, spec.quantize)) is not None:
+        return Exported(same, output, peak_rss())
     require_current(run, calibration, spec)
     plan = make_plan(spec, thresholds, result, rule, onnx=request.format == "onnx")
     _require_space(output, plan.targets)
@@ -89,7 +90,19 @@ def require_replaceable(output: Path) -> None:
     raise BadOption(f"`{output}` {problem}", hint="choose another `--output`, or remove it")
 
 
-def _same(output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule, format: str) -> Bundle | None:
+def _require_calibrated(quantize: str | None, spec: ModelSpec, run: RunFolder) -> None:
+    """Raises BadOption if the thresholds were searched on other expert weights than `--quantize` asks for."""
+    if quantize not in (None, spec.quantize):
+        searched = "unquantised experts" if spec.quantize is None else f"experts in {spec.quantize}"
+        raise BadOption(
+            f"`--quantize {quantize}`: the run's thresholds were searched on {searched}",
+            hint=f"`modes calibrate {spec.id}{run.option} --quantize {quantize} --fresh`, then `modes search`",
+        )
+
+
+def _same(
+    output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule, format: str, quantize: str | None
+) -> Bundle | None:
     """The bundle that is there, if it is whole and is what would be written."""
     try:
         there = check_for_loading(output)
@@ -97,6 +110,8 @@ def _same(output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule
     except ModesError:
         return None
     found = (there.model, there.calibration_data, there.versions, there.format)
+    if quantize != (there.quantization and there.quantization.scheme):
+        return None
     chosen = (there.policy, there.parameters, there.target, there.decode_target, there.tau)
     if found != (thresholds.model, thresholds.data, versions(), format):
         return None

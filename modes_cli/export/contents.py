@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modes_cli import files
 from modes_cli.artifacts import Bundle
-from modes_cli.artifacts.bundle import BundleFile, DecoderInfo, OperatingPoint
+from modes_cli.artifacts.bundle import BundleFile, DecoderInfo, OperatingPoint, Quantization
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadModel
 from modes_cli.export.decoder import cache_shape
@@ -14,6 +14,7 @@ from modes_cli.export.plan import Plan
 from modes_cli.export.thresholds import rule_bytes
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import versions
+from modes_cli.models.quantization import BLOCK
 
 # What from_pretrained needs beside the weights. Anything else in a checkpoint's folder stays there.
 _COPIED = (
@@ -60,6 +61,7 @@ def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle
         calibration_data=plan.thresholds.data,
         versions=versions(),
         format="onnx" if format == "onnx" else "safetensors",
+        quantization=None if plan.scheme is None else Quantization.model_validate({"scheme": plan.scheme.name, "block": BLOCK}),
         policy=result.policy,
         parameters=result.parameters,
         groups=list(GROUPS),

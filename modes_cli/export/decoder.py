@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
-from modes_cli.export import graph
+from modes_cli.export import graph, packing
 from modes_cli.export.families.base import Family
 from modes_cli.export.graph import AUTO, Shape
 from modes_cli.export.sinks import with_sinks
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
                 hidden, ids, weights.to(hidden.dtype), self.group, self.thresholds, scale,
                 experts.gate_up_proj, experts.down_proj, *biases,
                 block.activation, alpha, limit, block.transposed, block.interleaved,
-                self._score(block, scale, hidden, ids, weights),
+                self._score(block, scale, hidden, ids, weights), *packing.scales_of(experts),
             )  # fmt: skip
             self.kept.append(kept)
             return out

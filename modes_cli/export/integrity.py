@@ -9,6 +9,7 @@ from modes_cli import files
 from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import Bundle, BundleFile
 from modes_cli.errors import BadArtifact
+from modes_cli.export.packing import check_packed
 from modes_cli.export.safetensors_header import Entry, merged, read_header
 from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.run_folder import read_json
@@ -97,13 +98,14 @@ def weight_headers(folder: Path, bundle: Bundle) -> dict[str, Entry]:
     """All weights by name, headers checked.
 
     Raises:
-        BadArtifact: a header that the format forbids, a dtype that no runtime takes, a name in two files, or weights that
-            are not aligned to their elements.
+        BadArtifact: a header that the format forbids, a dtype that no runtime takes, a name in two files, weights that are
+            not aligned to their elements, or quantised ones whose scales do not fit them.
     """
     headers = [read_header(folder / file.path) for file in bundle.files if is_weights(file.path)]
     tensors = merged(headers)
+    packed = check_packed(tensors, bundle, folder)
     for entry in tensors.values():
-        if entry.dtype not in WEIGHT_DTYPES:
+        if entry.dtype not in WEIGHT_DTYPES and entry.name not in packed:
             raise BadArtifact(
                 str(entry.file),
                 f"tensor `{entry.name}`",

@@ -10,14 +10,18 @@ from modes_cli.export.operator import DOMAIN, NAME
 from modes_cli.export.safetensors_header import Entry
 
 INLINE_LIMIT = 1 << 20  # bytes; rotary tables and score scales are far below
-DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+DTYPES = {
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
+    "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8,
+}  # fmt: skip
+_BIASES, _SCALES = (8, 9), 11  # of the operator's inputs
 
 
 def link(model: ir.Model, tensors: Mapping[str, Entry], folder: Path, aliases: Mapping[str, str]) -> None:
     """Give every weight of a graph its place in a file.
 
     Activations are float32. A float16 or bfloat16 weight gets a Cast behind it, behind the Gather for embeddings; weights
-    of SkipExperts go in as they are, since the operator reads them so.
+    of SkipExperts go in as they are, since the operator reads them so; beside quantised ones it takes float32 biases.
 
     Args:
         tensors: what the files hold, by name.
@@ -59,7 +63,7 @@ def _replace(model: ir.Model, value: ir.Value, entry: Entry, folder: Path) -> No
         return
     cast: ir.Value | None = None
     for node, index in value.uses():
-        if (node.domain, node.op_type) == (DOMAIN, NAME):
+        if (node.domain, node.op_type) == (DOMAIN, NAME) and not (index in _BIASES and len(node.inputs) > _SCALES):
             continue
         if node.op_type == "Gather" and index == 0:
             _cast_behind(model, node)

@@ -14,7 +14,10 @@ GRAPH_LIMIT = 256 << 20  # bytes; graphs hold no weights
 INLINE_LIMIT = 1 << 20
 DOMAINS = {"": range(13, 27), "modes": range(1, 2)}
 OPERATORS = {"SkipExperts"}  # of domain `modes`
-_DTYPES = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16}
+_DTYPES = {
+    "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16,
+    "I8": onnx.TensorProto.INT8, "U8": onnx.TensorProto.UINT8,
+}  # fmt: skip
 
 
 def check_graph(path: Path, weights: Mapping[str, Entry]) -> str:

@@ -18,7 +18,8 @@ torch.library.define(
     "modes_trace::skip_experts",
     "(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor group, Tensor tau, Tensor score_scale, "
     "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, float limit, "
-    "bool transposed, bool interleaved, Tensor? score) -> (Tensor, Tensor)",
+    "bool transposed, bool interleaved, Tensor? score, Tensor? gate_up_scales=None, Tensor? down_scales=None, int block=0) "
+    "-> (Tensor, Tensor)",
 )
 torch.library.define("modes_trace::last_rows", "(Tensor x, Tensor count) -> Tensor")
 
@@ -55,12 +56,16 @@ def _register_schema() -> None:
                 parameter("hidden", "T"), parameter("expert_ids", "I"), parameter("expert_weights", "T"),
                 parameter("group", "G"), parameter("tau", "F"), parameter("score_scale", "F"),
                 parameter("gate_up", "W"), parameter("down", "W"),
-                parameter("gate_up_bias", "W", **optional), parameter("down_bias", "W", **optional),
+                parameter("gate_up_bias", "B", **optional), parameter("down_bias", "B", **optional),
                 parameter("score", "F", **optional),
+                parameter("gate_up_scales", "S", **optional), parameter("down_scales", "S", **optional),
             ],
             outputs=[parameter("out", "T"), parameter("kept", "K", **optional)],
             type_constraints=[
-                ("T", floats, "activations"), ("W", floats, "weights"), ("I", ["tensor(int64)", "tensor(int32)"], "expert ids"),
+                ("T", floats, "activations"), ("I", ["tensor(int64)", "tensor(int32)"], "expert ids"),
+                ("W", [*floats, "tensor(int8)", "tensor(uint8)"], "weights; uint8: two of 4 bits"),
+                ("B", floats, "biases: as the weights, or float32 with quantised ones"),
+                ("S", ["tensor(float16)"], "scales of quantised weights"),
                 ("G", ["tensor(int32)"], "groups"), ("F", ["tensor(float)"], "thresholds"), ("K", ["tensor(int64)"], "counts"),
             ],
             attributes=[
@@ -69,6 +74,7 @@ def _register_schema() -> None:
                 attribute("limit", kind.FLOAT, "of swiglu_oai", required=True),
                 attribute("transposed", kind.INT, "1: gate_up [E, H, 2I], down [E, I, H]", required=True),
                 attribute("interleaved", kind.INT, "1: gate and up rows in turn", required=True),
+                attribute("block", kind.INT, "weights that share a scale, where they are quantised", required=False),
             ],
         )
     )  # fmt: skip
@@ -82,9 +88,12 @@ _ONNX = onnxscript.opset23
 def _skip_experts(
     x: Any, expert_ids: Any, expert_weights: Any, group: Any, tau: Any, score_scale: Any, gate_up: Any, down: Any,
     gate_up_bias: Any, down_bias: Any, activation: str, alpha: float, limit: float, transposed: bool, interleaved: bool,
-    score: Any,
+    score: Any, gate_up_scales: Any = None, down_scales: Any = None, block: int = 0,
 ) -> Any:  # fmt: skip
-    inputs = [x, expert_ids, expert_weights, group, tau, score_scale, gate_up, down, gate_up_bias, down_bias, score]
+    inputs = [
+        x, expert_ids, expert_weights, group, tau, score_scale, gate_up, down, gate_up_bias, down_bias, score,
+        gate_up_scales, down_scales,
+    ]  # fmt: skip
     while inputs[-1] is None:  # those in between keep their place, empty
         inputs.pop()
     return _MODES.SkipExperts(
@@ -94,6 +103,7 @@ def _skip_experts(
         limit=limit,
         transposed=int(transposed),
         interleaved=int(interleaved),
+        **({"block": block} if block else {}),
         _outputs=2,
     )
 

@@ -11,7 +11,7 @@ from modes_cli.artifacts import Thresholds
 from modes_cli.artifacts.base import ModelInfo
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption
-from modes_cli.export import skeleton, weights
+from modes_cli.export import packing, skeleton, weights
 from modes_cli.export.conversion import in_memory
 from modes_cli.export.families import Family, family_of, known_family
 from modes_cli.export.safetensors_header import merged, parse_header
@@ -20,6 +20,7 @@ from modes_cli.models.checkpoint import checkpoint_files
 from modes_cli.models.groups import TokenGroups, token_groups
 from modes_cli.models.loading import describe
 from modes_cli.models.processor import load_processor
+from modes_cli.models.quantization import SCHEMES, Scheme
 from modes_cli.requests import ModelSpec
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import policy
@@ -27,7 +28,9 @@ from modes_cli.skipping.registry import policy
 
 @dataclass(frozen=True)
 class Plan:
-    """What to export. `model` is fake; `aliases`: names of tied tensors -> the name that the files hold."""
+    """What to export. `model` is fake; `aliases`: names of tied tensors -> the name that the files hold. `scheme`: of the
+    expert weights; the shapes of `blocks` are then those of what is stored.
+    """
 
     thresholds: Thresholds
     result: SearchResult
@@ -44,6 +47,7 @@ class Plan:
     targets: list[weights.Target]
     aliases: dict[str, str]
     remote_code: bool
+    scheme: Scheme | None = None
 
 
 def require_exportable(result: SearchResult, *, onnx: bool) -> None:
@@ -71,10 +75,15 @@ def make_plan(spec: ModelSpec, thresholds: Thresholds, result: SearchResult, rul
     source, parts = in_memory(stored, model)
     targets = weights.plan(wanted, source, info.dtype, tied, parts)
     tokenizer = _tokenizer(folder, spec)
+    blocks, aliases = find_moe_blocks(model), _aliases(model, targets)
+    scheme = None if spec.quantize is None else SCHEMES[spec.quantize]
+    if scheme is not None:
+        targets = packing.packed(targets, blocks, scheme)
+        blocks = [packing.pack_shapes(block, mode, scheme) for block in blocks]
     return Plan(
-        thresholds, result, rule, folder, info, config, mode, model, family, find_moe_blocks(model),
-        token_groups(config, tokenizer.all_special_ids, spec.special), tokenizer, targets, _aliases(model, targets),
-        spec.trust_remote_code,
+        thresholds, result, rule, folder, info, config, mode, model, family, blocks,
+        token_groups(config, tokenizer.all_special_ids, spec.special), tokenizer, targets, aliases,
+        spec.trust_remote_code, scheme,
     )  # fmt: skip
 
 

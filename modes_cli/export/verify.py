@@ -8,6 +8,7 @@ from modes_cli import files
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, ModesError
 from modes_cli.export import integrity
+from modes_cli.export.packing import check_scales
 from modes_cli.export.safetensors_header import Entry
 from modes_cli.export.thresholds import layer_entries, read_rule
 from modes_cli.requests import Check
@@ -90,7 +91,11 @@ def _weights(folder: Path, bundle: Bundle, tensors: dict[str, Entry]) -> str:
         raise BadArtifact(str(index), f"tensor `{different[:200]}`", "is not in the file that the index names")
     experts = [entry for entry in tensors.values() if len(entry.shape) == 3]
     least = min((entry.start & -entry.start for entry in experts), default=0)
-    return f"{len(tensors)} tensors in {len(set(actual.values()))} files, experts aligned to {least} bytes or more"
+    found = f"{len(tensors)} tensors in {len(set(actual.values()))} files, experts aligned to {least} bytes or more"
+    if bundle.quantization is None:
+        return found
+    check_scales(tensors)
+    return f"{found} and in {bundle.quantization.scheme}, {bundle.quantization.block} to a scale"
 
 
 def _thresholds(folder: Path, bundle: Bundle) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,16 +60,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of the bundle: the bytes of its segments, one after the other."""
+    """A tensor of the bundle: the bytes of its segments, one after the other, or what is made of those."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     segments: tuple[Segment, ...]
+    recoded: "Recoded | None" = None
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Recoded:
+    """The bytes of a tensor as `recode` makes them of another one's (packing.py)."""
+
+    source: Target
+    recode: Callable[[Iterator["bytes | Hole"]], Iterator["bytes | Hole"]]
 
 
 def plan(
@@ -148,6 +157,9 @@ def _one_by_one(experts: str, part: str, shape: tuple[int, ...], source: Mapping
 
 
 def _bytes(target: Target) -> Iterator[bytes | Hole]:
+    if target.recoded is not None:
+        yield from target.recoded.recode(_bytes(target.recoded.source))
+        return
     for segment in target.segments:
         for piece in _pieces(segment):
             if segment.entry.dtype == target.dtype:

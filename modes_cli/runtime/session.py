@@ -10,7 +10,7 @@ from modes_cli.errors import BadArtifact, BadOption, KernelError
 from modes_cli.export.integrity import check_for_loading, graph_weights
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.runtime import libraries
-from modes_cli.runtime.providers import CPU, operator_library, require_available, require_taken
+from modes_cli.runtime.providers import CPU, operator_library, require_available, require_taken, uses_cuda
 
 DECODER, EMBEDDING, VISION = "decoder.onnx", "embedding.onnx", "vision.onnx"
 _QUIET = 3  # errors only; tau being an input with a default is not worth a warning each time
@@ -43,6 +43,10 @@ def open_graph(
         raise BadOption(f"`{folder}` has no graphs", hint="export it with `--format onnx`, or use `--runtime torch`")
     asked = list(providers or [CPU])
     require_available(asked)
+    if bundle.quantization is not None and uses_cuda(asked):
+        raise KernelError(
+            f"experts in {bundle.quantization.scheme} are not on CUDA yet", hint=f"ask for `{CPU}` (`--device cpu`)"
+        )
     check_graph(folder / name, graph_weights(folder, bundle))
     library = operator_library(folder, bundle, asked)
     options = quiet_options(threads)

@@ -20,7 +20,7 @@ from modes_cli.models.loading import load as load_checkpoint
 from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
 from modes_cli.runtime.answers import Answers
-from modes_cli.search.calibrated import option, require_current
+from modes_cli.search.calibrated import option, quantization, require_current
 from modes_cli.search.selection import found_in, select
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.measured import Measured
@@ -154,7 +154,7 @@ def open_model(
     where = RunFolder(run)
     thresholds, calibration = found_in(where)
     dtype = calibration.model.dtype if spec.dtype == "auto" else spec.dtype
-    spec = replace(spec, dtype=dtype, special=option(calibration, "special", str))
+    spec = replace(spec, dtype=dtype, special=option(calibration, "special", str), quantize=quantization(calibration))
     require_current(where, calibration, spec)
     rule = from_result(select(thresholds, target, decode_target), Measured(calibration, where))
     return _runtime(spec, rule)
@@ -165,6 +165,11 @@ def _open_bundle(spec: ModelSpec, folder: Path) -> TorchRuntime:
     from modes_cli.export.thresholds import read_rule
 
     bundle = check_for_loading(folder)
+    if bundle.quantization is not None:
+        raise BadOption(
+            f"`{folder}` has experts in {bundle.quantization.scheme}, which transformers cannot load",
+            hint="it runs in ONNX Runtime; `modes.load` takes the run folder it was exported from",
+        )
     dtype = bundle.model.dtype if spec.dtype == "auto" else spec.dtype
     return _runtime(replace(spec, dtype=dtype), read_rule(folder, bundle), bundled_groups(bundle))
 

@@ -21,6 +21,7 @@ from modes_cli.models.groups import GROUPS
 from modes_cli.models.identity import data_info
 from modes_cli.models.inputs import Batch, measuring_batch
 from modes_cli.models.loading import describe, load, versions
+from modes_cli.models.quantization import SCHEMES
 from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.objective import Objective, size_of
@@ -45,7 +46,7 @@ def model_spec(
     text_only = option(calibration, "text_only", bool)
     return ModelSpec(
         model.id, model.revision, model.dtype, device, trust_remote_code, text_only, device_map, offload,
-        special=option(calibration, "special", str),
+        special=option(calibration, "special", str), quantize=quantization(calibration),
     )  # fmt: skip
 
 
@@ -62,6 +63,16 @@ def require_current(run: RunFolder, calibration: Calibration, spec: ModelSpec) -
     _, info, _ = describe(spec)
     expected = flatten(info, calibration.data, versions(), calibration.options)
     run.require_same(Calibration, calibration.identity(), expected, renew=f"modes calibrate {spec.id}{run.option} --fresh")
+
+
+def quantization(calibration: Calibration) -> str | None:
+    """How the expert weights were stored that the calibration was made with. Raises BadArtifact for no such scheme."""
+    if "quantize" not in calibration.options:
+        return None
+    name = option(calibration, "quantize", str)
+    if name not in SCHEMES:
+        raise BadArtifact(Calibration.FILE, "field `options.quantize`", f"is `{name}`, known are {', '.join(SCHEMES)}")
+    return name
 
 
 @contextmanager
