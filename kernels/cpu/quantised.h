@@ -89,9 +89,12 @@ MODES_INLINE void dot_groups(const unsigned char* const* rows, const unsigned ch
   }
   float scale[N][kScales];
   const auto add = [&](int64_t g, int64_t s, const unsigned char* const* from, int64_t at) __attribute__((always_inline)) {
+    if (g % (64 / kGroupBytes<D>) == 0) {  // once for each line of the cache
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) __builtin_prefetch(columns[j] + g * kGroupBytes<D> + ahead, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
-      __builtin_prefetch(columns[j] + g * kGroupBytes<D> + ahead, 0, 2);
       vfloat w[kGroupVectors];
       load_group<D>(columns[j] + g * kGroupBytes<D>, scale[j][s], w);
 #pragma GCC unroll 8

@@ -227,6 +227,7 @@ def test_no_tokens_need_no_memory_and_clear_the_counts(device: Device) -> None:
         ({"intermediate": 2**21}, BAD_SHAPE, "intermediate is `2097152`, must be at most 1048576 on a CUDA device"),
         ({"tokens": 2**30}, BAD_SHAPE, "tokens * top_k is `3221225472`, must be below 2^31 on a CUDA device"),
         ({"activation_dtype": 3}, BAD_ARGUMENT, "activation_dtype is `3`, must be 0..2"),
+        ({"weight_dtype": 3, "block": 32}, BAD_ARGUMENT, "quantised weights are not on CUDA yet; they run on the CPU"),
         ({"gate_up": None}, BAD_ARGUMENT, "gate_up is null"),
         ({"tau": 2}, BAD_ARGUMENT, "tau is not aligned to 4 bytes"),
     ],

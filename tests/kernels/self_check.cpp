@@ -350,8 +350,14 @@ void check_mistakes() {
   call.down = nullptr;
   CHECK(status(call) == MODES_BAD_ARGUMENT && std::strstr(message.text, "down is null"), "%s", message.text);
   call = layer.args(out.data(), 1);
-  call.weight_dtype = 3;
+  call.weight_dtype = 5;
   CHECK(status(call) == MODES_BAD_ARGUMENT && std::strstr(message.text, "weight_dtype"), "%s", message.text);
+  call.weight_dtype = MODES_I4, call.transposed = 0, call.block = 48;
+  CHECK(status(call) == MODES_BAD_ARGUMENT && std::strstr(message.text, "block is `48`"), "%s", message.text);
+  call.block = 64;
+  CHECK(status(call) == MODES_BAD_ARGUMENT && std::strstr(message.text, "gate_up_scales is null"), "%s", message.text);
+  call.transposed = 1;
+  CHECK(status(call) == MODES_BAD_ARGUMENT && std::strstr(message.text, "cannot be transposed"), "%s", message.text);
   call = layer.args(out.data(), 1);
   call.experts = 1;
   CHECK(status(call) == MODES_BAD_EXPERT_ID && std::strstr(message.text, "token"), "%s", message.text);
