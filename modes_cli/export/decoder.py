@@ -68,13 +68,26 @@ class DecoderSpec:
 
 
 class FlatCache:
-    """Turns the graph's past inputs into its present outputs. Attention layers only call `update`."""
+    """Turns the graph's past inputs into its present outputs. Attention layers only call `update`.
 
-    def __init__(self, past: list[Tensor]) -> None:
-        self.past = past
+    It remembers padding: its keys in the first layer are zero. onnxruntime-genai's mask is all ones after the prompt, so a
+    batch of prompts of different lengths would look at its padding from the first generated token on.
+    """
+
+    def __init__(self, past: list[Tensor], real: Tensor) -> None:
+        """`real` [B, S] bool: which of the new places are not padding."""
+        self.past, self.real = past, real
         self.present: list[Tensor] = list(past)
 
+    def past_real(self) -> Tensor:
+        """[B, P] bool. One head tells: no real key is all zeros."""
+        keys = self.past[0][:, 0].abs()
+        # Not a sum, and not a vector: over no rows, ONNX Runtime's have a wrong shape.
+        return (keys @ torch.ones(keys.shape[-1], 1))[..., 0] != 0
+
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if layer_idx == 0:
+            keys = torch.where(self.real[:, None, :, None], keys, torch.zeros_like(keys))
         keys, values = torch.cat([self.past[2 * layer_idx], keys], 2), torch.cat([self.past[2 * layer_idx + 1], values], 2)
         self.present[2 * layer_idx : 2 * layer_idx + 2] = keys, values
         return keys, values
@@ -158,11 +171,13 @@ class Decoder(nn.Module):
             torch._check(sizes[1] == length)
         valid = attention_mask != 0
         self.kept, self.thresholds = [], torch.cat([tau, self.get_buffer("never")])
-        self.group = self._groups(input_ids, valid[:, before:]).reshape(-1)
+        real = valid[:, before:]
+        self.group = self._groups(input_ids, real).reshape(-1)
+        cache = FlatCache(past, real)
+        valid = torch.cat([valid[:, :before] & cache.past_real(), real], 1)
         query, key = torch.arange(length, device=tau.device)[:, None] + before, torch.arange(total, device=tau.device)[None]
         # A padding row looks at itself, or its softmax would be 0 / 0 and the NaN would spread through the cache.
         mask = ((key <= query)[None] & valid[:, None, :]) | (key == query)[None]
-        cache = FlatCache(past)
         embeds, *deepstack = inputs_embeds.chunk(1 + self.spec.deepstack, -1)
         hidden = self.family.run_text(
             self.get_submodule(self.family.text), embeds, position_ids, mask[:, None], cache, deepstack
