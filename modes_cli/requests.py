@@ -165,6 +165,7 @@ class Exported:
     bundle: Bundle
     path: Path
     peak_rss: int  # bytes, of the whole process
+    notes: tuple[str, ...] = ()  # what the bundle lacks, and why
 
 
 @dataclass(frozen=True)

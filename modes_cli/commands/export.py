@@ -46,7 +46,12 @@ def export(
 
 def result(exported: "Exported") -> dict[str, Any]:
     """What scripts get of an export."""
-    return {"bundle": str(exported.path), "files": [file.path for file in exported.bundle.files], "peak_rss": exported.peak_rss}
+    return {
+        "bundle": str(exported.path),
+        "files": [file.path for file in exported.bundle.files],
+        "peak_rss": exported.peak_rss,
+        "notes": list(exported.notes),
+    }
 
 
 def tables(exported: "Exported") -> list[Any]:
@@ -54,5 +59,6 @@ def tables(exported: "Exported") -> list[Any]:
     rows = [[file.path, f"{file.bytes:,}"] for file in exported.bundle.files]
     return [
         console.table("Bundle", ["file", "bytes"], rows),
+        *(f"note: {note}" for note in exported.notes),
         f"written: {exported.path} (peak memory {exported.peak_rss / 1e6:,.0f} MB)",
     ]

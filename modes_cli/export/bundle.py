@@ -18,6 +18,8 @@ from modes_cli.export.beside import beside, raise_failure
 from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
 from modes_cli.export.decoder import DecoderSpec, export_decoder
 from modes_cli.export.embedding import export_embedding
+from modes_cli.export.genai import RUNS
+from modes_cli.export.genai import folder as genai
 from modes_cli.export.integrity import (
     CUDA_LIBRARY,
     LIBRARY,
@@ -61,12 +63,13 @@ def export_bundle(request: ExportRequest) -> Exported:
     _require_calibrated(request.quantize, spec, run)
     rule = from_result(result, Measured(calibration, run))
     if not request.fresh and (same := _same(output, thresholds, result, rule, request.format, spec.quantize)) is not None:
-        return Exported(same, output, peak_rss())
+        return Exported(same, output, peak_rss(), _notes(same))
     require_current(run, calibration, spec)
     plan = make_plan(spec, thresholds, result, rule, onnx=request.format == "onnx")
     _require_space(output, plan.targets)
-    files.replace_folder(output, lambda folder: _fill(folder, plan, request))
-    return Exported(read_bundle(output), output, peak_rss())
+    notes: list[str] = []
+    files.replace_folder(output, lambda folder: notes.extend(_fill(folder, plan, request)))
+    return Exported(read_bundle(output), output, peak_rss(), tuple(notes))
 
 
 def peak_rss() -> int:
@@ -121,6 +124,8 @@ def _same(
         digests = {file.path: file.sha256 for file in there.files}
         if any(digests.get(name) != files.sha256(library) for name, library in _libraries().items()):
             return None
+        if there.family in RUNS and genai.CONFIG not in digests:  # written by a version that made no such files
+            return None
     return there if stored.key == rule.key else None
 
 
@@ -135,7 +140,15 @@ def _require_space(output: Path, targets: list[weights.Target]) -> None:
         )
 
 
-def _fill(folder: Path, plan: Plan, request: ExportRequest) -> None:
+def _notes(there: Bundle) -> tuple[str, ...]:
+    """What `_fill` said of a bundle when it was written."""
+    runs = there.format != "onnx" or any(file.path == genai.CONFIG for file in there.files)
+    return () if runs else (genai.obstacle(there.family),)
+
+
+def _fill(folder: Path, plan: Plan, request: ExportRequest) -> list[str]:
+    """Write everything; what people should be told."""
+    notes: list[str] = []
     onnx, advance = request.format == "onnx", request.progress.advance
     request.progress.start("weights and graphs" if onnx else "weights", len(plan.targets) + (3 if onnx else 0))
     with beside(lambda check: weights.write_weights(folder, plan.targets, advance, check)) as written:
@@ -149,11 +162,15 @@ def _fill(folder: Path, plan: Plan, request: ExportRequest) -> None:
             for name, library in _libraries().items():
                 shutil.copyfile(library, folder / name)
     digests = {file.path: file for file in written.result()}
+    bundle = describe_bundle(plan, request.format, list(digests.values()))
+    if onnx and (note := genai.write(folder, plan, bundle)):
+        notes.append(note)
     for path in sorted(folder.iterdir()):
         if path.name not in digests:
             digests[path.name] = BundleFile(path=path.name, bytes=path.stat().st_size, sha256=files.sha256(path))
-    bundle = describe_bundle(plan, request.format, [digests[name] for name in sorted(digests)])
+    bundle = bundle.model_copy(update={"files": [digests[name] for name in sorted(digests)]})
     (folder / artifact.FILE).write_text(files.canonical_json(bundle.model_dump(mode="json")), "utf-8")
+    return notes
 
 
 def _libraries() -> dict[str, Path]:

@@ -8,6 +8,7 @@ from modes_cli import files
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, ModesError
 from modes_cli.export import integrity
+from modes_cli.export.genai import folder as genai
 from modes_cli.export.packing import check_scales
 from modes_cli.export.safetensors_header import Entry
 from modes_cli.export.thresholds import layer_entries, read_rule
@@ -44,6 +45,8 @@ def verify_bundle(folder: Path) -> list[Check]:
             tensors |= layer_entries(folder)
             for name in sorted(file.path for file in bundle.files if file.path.endswith(".onnx")):
                 run(name, lambda name=name: _graph(folder / name, tensors))  # type: ignore[misc]
+            if any(file.path == genai.CONFIG for file in bundle.files):
+                run(genai.CONFIG, lambda: genai.check(folder, bundle))
         run("kernels", lambda: _kernels(folder, bundle))
         if all(check.ok for check in checks):
             run("session", lambda: _session(folder, bundle))

@@ -71,7 +71,14 @@ def make_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, *, tied: b
     return folder
 
 
-def make_run(folder: Path, checkpoint: Path, tau: dict[str, float] | None = None) -> Path:
+def make_run(
+    folder: Path,
+    checkpoint: Path | str,
+    tau: dict[str, float] | None = None,
+    shares: dict[int, tuple[float, ...]] = SHARES,
+    experts: int = EXPERTS,
+    top_k: int = TOP_K,
+) -> Path:
     """calibration.json and thresholds.json with two targets of policy `modes`."""
     _, info, _ = describe(ModelSpec(str(checkpoint)))
     data = DataInfo(source="digits", split="validation", samples=1, seed=0, digest="0" * 64)
@@ -79,15 +86,15 @@ def make_run(folder: Path, checkpoint: Path, tau: dict[str, float] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     importance = {
-        str(layer): LayerImportance(**dict(zip(COLUMNS, shares, strict=True)), **{f"kl_{column}": 1.0 for column in COLUMNS})
-        for layer, shares in SHARES.items()
+        str(layer): LayerImportance(**dict(zip(COLUMNS, own, strict=True)), **{f"kl_{column}": 1.0 for column in COLUMNS})
+        for layer, own in shares.items()
     }
     calibration = Calibration(
         **shared,
         family="qwen3_vl_moe",
-        moe_layers=len(MOE_LAYERS),
-        experts=EXPERTS,
-        top_k=TOP_K,
+        moe_layers=len(shares),
+        experts=experts,
+        top_k=top_k,
         groups=list(GROUPS),
         importance=importance,
         tokens={},

@@ -28,7 +28,8 @@ def test_verifies(bundle: Path) -> None:
     checks = verify_bundle(bundle)
     assert [check for check in checks if not check.ok] == []
     names = ["bundle.json", "files", "digests", "nothing else", "weights", "thresholds"]
-    names += ["decoder.onnx", "embedding.onnx", "vision.onnx", "kernels", "session"]
+    names += ["decoder-0.1.onnx", "decoder-0.3.onnx", "decoder-0.onnx", "decoder.onnx", "embedding.onnx", "vision.onnx"]
+    names += ["genai_config.json", "kernels", "session"]
     assert [check.name for check in checks] == names
 
 
