@@ -41,17 +41,14 @@ def export(
 
         asked = (run, output, target, format.value, trust_remote_code, fresh, out.progress, decode_target)
         exported = export_bundle(ExportRequest(*asked, quantize and quantize.value))
+        for note in exported.notes:
+            out.note(f"note: {note}")
         out.show(result(exported), *tables(exported), artifact=exported.path / "bundle.json")
 
 
 def result(exported: "Exported") -> dict[str, Any]:
     """What scripts get of an export."""
-    return {
-        "bundle": str(exported.path),
-        "files": [file.path for file in exported.bundle.files],
-        "peak_rss": exported.peak_rss,
-        "notes": list(exported.notes),
-    }
+    return {"bundle": str(exported.path), "files": [file.path for file in exported.bundle.files], "peak_rss": exported.peak_rss}
 
 
 def tables(exported: "Exported") -> list[Any]:
@@ -59,6 +56,5 @@ def tables(exported: "Exported") -> list[Any]:
     rows = [[file.path, f"{file.bytes:,}"] for file in exported.bundle.files]
     return [
         console.table("Bundle", ["file", "bytes"], rows),
-        *(f"note: {note}" for note in exported.notes),
         f"written: {exported.path} (peak memory {exported.peak_rss / 1e6:,.0f} MB)",
     ]

@@ -40,16 +40,19 @@ def verify_bundle(folder: Path) -> list[Check]:
     tensors: dict[str, Entry] = {}
     whole = run("weights", lambda: _weights(folder, bundle, tensors))
     whole = run("thresholds", lambda: _thresholds(folder, bundle)) and whole
+    genai_too = any(file.path == genai.CONFIG for file in bundle.files)
     if bundle.format == "onnx":
         if whole:
             tensors |= layer_entries(folder)
-            for name in sorted(file.path for file in bundle.files if file.path.endswith(".onnx")):
-                run(name, lambda name=name: _graph(folder / name, tensors))  # type: ignore[misc]
-            if any(file.path == genai.CONFIG for file in bundle.files):
+            graphs = sorted(file.path for file in bundle.files if file.path.endswith(".onnx"))
+            sound = [run(name, lambda name=name: _graph(folder / name, tensors)) for name in graphs]  # type: ignore[misc]
+            if genai_too and all(sound):
                 run(genai.CONFIG, lambda: genai.check(folder, bundle))
         run("kernels", lambda: _kernels(folder, bundle))
         if all(check.ok for check in checks):
             run("session", lambda: _session(folder, bundle))
+    elif genai_too:
+        run(genai.CONFIG, lambda: genai.check(folder, bundle))
     return checks
 
 

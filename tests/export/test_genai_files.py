@@ -50,14 +50,20 @@ def test_settings(bundle: Path) -> None:
     assert decoder["session_options"]["custom_ops_library"] == "libmodes_cpu.so"
     assert decoder["hidden_size"] == 3 * 64  # embeddings and two of DeepStack's features
     assert (decoder["head_size"], decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (16, 4, 2)
+    assert decoder["filename"] == "decoder-0.3.onnx"
     assert decoder["inputs"]["input_ids"] == "input_ids"  # the groups are found with them
 
 
 def test_graphs_of_the_operating_points(bundle: Path) -> None:
-    """decoder.onnx with another default; the search's thresholds as they are."""
+    """The search's thresholds as constants, and one row of logits."""
 
     def tau(name: str) -> list[float]:
         graph = onnx.load_model(bundle / name, load_external_data=False).graph
+        logits, *present = graph.output
+        if name != "decoder.onnx":
+            assert "tau" not in [value.name for value in graph.input]
+            assert logits.type.tensor_type.shape.dim[1].dim_value == 1
+            assert len(present) == 2 * 4
         return [float(x) for x in numpy_helper.to_array(next(t for t in graph.initializer if t.name == "tau"))]
 
     assert tau("decoder-0.onnx") == [0.0] * 5
@@ -97,6 +103,11 @@ def test_a_graph_that_differs_in_more_than_tau(mine: Path) -> None:
     assert "decoder-0.1.onnx" in failed(mine, "decoder-0.1.onnx")[CONFIG]
     shutil.copy(mine / "decoder-0.onnx", mine / "decoder-0.1.onnx")  # nothing skipped, under a name that says otherwise
     assert "`tau`" in failed(mine, "decoder-0.1.onnx")[CONFIG]
+
+
+def test_settings_without_graphs(mine: Path) -> None:
+    edit(mine / "bundle.json", lambda tree: tree.update(format="safetensors"))
+    assert "no graphs" in failed(mine)[CONFIG]
 
 
 @pytest.mark.parametrize("name", [STEPS, "decoder-0.onnx"])

@@ -17,10 +17,12 @@ from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.models.inputs import end_ids, prompt_batch
 from modes_cli.models.loading import Loaded
 from modes_cli.requests import ExportRequest
+from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule, tau_vector
 from tests.export.bundles import make_run
 from tests.once import once
+from tests.runtime.test_deploy import run_program
 from tests.runtime.test_session import picture
 
 pytest.importorskip("onnxruntime_genai", reason="`pip install onnxruntime-genai-cuda` beside onnxruntime-gpu")
@@ -66,9 +68,9 @@ def rule(tau: dict[str, float]) -> Rule:
     return Rule(scale, tau_vector(tau))
 
 
-@pytest.mark.parametrize(("graph", "tau"), [("decoder.onnx", TAU), ("decoder-0.1.onnx", {"text": 0.02, "vision": 0.03})])
+@pytest.mark.parametrize(("graph", "tau"), [(None, TAU), ("decoder-0.1.onnx", {"text": 0.02, "vision": 0.03})])
 def test_answers_of_transformers_with_the_same_thresholds(
-    bundle: Path, digits: Loaded, engine: SkipEngine, questions: list[Sample], graph: str, tau: dict[str, float]
+    bundle: Path, digits: Loaded, engine: SkipEngine, questions: list[Sample], graph: str | None, tau: dict[str, float]
 ) -> None:
     engine.rule = rule(tau)
     expected = ask_transformers(digits, questions)
@@ -127,6 +129,15 @@ def test_a_batch_of_different_lengths(genai: Genai, questions: list[Sample]) -> 
         steps = min(len(row), expected.shape[1])
         np.testing.assert_allclose(row[:steps], expected[0, :steps], atol=2e-3)
     assert alone[1][1].shape[1] > 2
+
+
+def test_the_program_in_the_docs(bundle: Path, questions: list[Sample], tmp_path: Path) -> None:
+    """In a process of its own, at two points of the frontier."""
+    questions[1].images[0].save(tmp_path / "a.png")
+    model = OrtModel(bundle, threads=1)
+    for graph, tau in (((), None), (("decoder-0.onnx",), {})):
+        expected = model.generate([questions[1].images], [questions[1].question], 16, tau)
+        assert run_program("answer.py", bundle, tmp_path / "a.png", questions[1].question, *graph) == f"{expected.texts[0]}\n"
 
 
 def test_the_folder_is_as_it_was(bundle: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from modes_cli import files
-from modes_cli.artifacts.bundle import Bundle, DecoderInfo
+from modes_cli.artifacts.bundle import Bundle
 from modes_cli.errors import BadArtifact, UnknownLayout
 from modes_cli.export.genai import RUNS, points
 from modes_cli.export.genai import config as genai
@@ -42,7 +42,7 @@ def write(folder: Path, plan: "Plan", described: Bundle) -> str | None:
         processor = load_processor(plan.folder, trust_remote_code=plan.remote_code)
         if plan.tokenizer.pad_token_id is None or int(plan.tokenizer.pad_token_id) in _prompt_tokens(processor):
             raise UnknownLayout("its tokenizer has no token for padding alone")
-        settings, steps = _config(plan, described.decoder, described.eos_token_ids), runs.image_steps(processor.image_processor)
+        settings, steps = _config(plan, described), runs.image_steps(processor.image_processor)
     except UnknownLayout as error:
         return obstacle(family, str(error))
     (folder / CONFIG).write_text(files.canonical_json(settings.model_dump(mode="json", exclude_none=True)), "utf-8")
@@ -57,18 +57,18 @@ def _prompt_tokens(processor: Any) -> set[int]:
     return set(processor.tokenizer.encode(processor.apply_chat_template(chat, add_generation_prompt=True)))
 
 
-def _config(plan: "Plan", decoder: DecoderInfo, ends: list[int]) -> genai.GenaiConfig:
+def _config(plan: "Plan", described: Bundle) -> genai.GenaiConfig:
     text, runs = plan.config.get_text_config(), RUNS[plan.config.model_type]
     context = int(text.max_position_embeddings)
     return genai.GenaiConfig(
         model=genai.Model(
             type=runs.model_type,
             context_length=context,
-            vocab_size=decoder.vocab_size,
+            vocab_size=described.decoder.vocab_size,
             pad_token_id=int(plan.tokenizer.pad_token_id),
-            eos_token_id=ends,
+            eos_token_id=described.eos_token_ids,
             **runs.token_ids(plan.config, plan.tokenizer),
-            decoder=_decoder(decoder, int(text.num_attention_heads)),
+            decoder=_decoder(described, int(text.num_attention_heads)),
             embedding=genai.Embedding(
                 filename=_EMBEDDING,
                 inputs=genai.EmbeddingInputs(input_ids="input_ids", image_features="image_features"),
@@ -80,9 +80,10 @@ def _config(plan: "Plan", decoder: DecoderInfo, ends: list[int]) -> genai.GenaiC
     )
 
 
-def _decoder(decoder: DecoderInfo, heads: int) -> genai.Decoder:
+def _decoder(bundle: Bundle, heads: int) -> genai.Decoder:
+    decoder = bundle.decoder
     return genai.Decoder(
-        filename=points.DECODER,
+        filename=points.graph_name(bundle),
         session_options=genai.SessionOptions(custom_ops_library=LIBRARY, provider_options=[]),
         head_size=decoder.head_dim,
         hidden_size=(1 + decoder.deepstack) * decoder.hidden_size,
@@ -121,6 +122,8 @@ def check(folder: Path, bundle: Bundle) -> str:
             fit bundle.json; or a graph is not what it should be.
     """
     path = folder / CONFIG
+    if bundle.format != "onnx":
+        raise BadArtifact(str(path), "file", f"a bundle in format `{bundle.format}` has no graphs that it could name")
     try:
         found = genai.GenaiConfig.model_validate_json(files.read_text(path, 1 << 20))
     except ValidationError as error:
@@ -133,7 +136,7 @@ def check(folder: Path, bundle: Bundle) -> str:
         "vocab_size": bundle.decoder.vocab_size,
         "eos_token_id": bundle.eos_token_ids,
         "pad_token_id": bundle.pad_token_id,
-        "decoder": _decoder(bundle.decoder, model.decoder.num_attention_heads),
+        "decoder": _decoder(bundle, model.decoder.num_attention_heads),
     }
     for name, value in expected.items():
         if getattr(model, name) != value:

@@ -1,7 +1,8 @@
-"""A decoder graph for each measured operating point, and one that skips nothing. They differ from decoder.onnx in `tau` alone.
+"""A decoder graph for each measured operating point, and one that skips nothing, made from decoder.onnx.
 
-onnxruntime-genai (0.18) feeds no input that it does not know, so it moves along the frontier by the graph that it loads. The
-weights stay where they are: a graph is some hundred kilobytes.
+onnxruntime-genai (0.18) feeds no input that it does not know, so it moves along the frontier by the graph that it loads. In
+these graphs `tau` and `logits_to_keep` are constants, and only the last row of logits is computed: from the shape [B, 1, V] it
+knows that it needs no more. The weights stay where they are; a graph is some hundred kilobytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,8 +19,8 @@ from modes_cli.skipping.policy import tau_vector
 DECODER, NOTHING_SKIPPED = "decoder.onnx", "decoder-0.onnx"
 
 
-def graph_name(point: OperatingPoint) -> str:
-    """`decoder-0.75.onnx`, with a target for decoded tokens `decoder-0.75-0.5.onnx`."""
+def graph_name(point: OperatingPoint | Bundle) -> str:
+    """`decoder-0.75.onnx`, with a target for decoded tokens `decoder-0.75-0.5.onnx`; a bundle's is that of its own point."""
     targets = (point.target, *(() if point.decode_target is None else (point.decode_target,)))
     return f"decoder-{'-'.join(repr(target).removesuffix('.0') for target in targets)}.onnx"
 
@@ -31,9 +32,9 @@ def thresholds(points: Iterable[OperatingPoint]) -> dict[str, dict[str, float]]:
 
 def write_graphs(folder: Path, points: Iterable[OperatingPoint]) -> None:
     """The graphs beside decoder.onnx."""
-    model = onnx.load_model(folder / DECODER, load_external_data=False)
+    model = _fixed(folder / DECODER)
     for name, tau in thresholds(points).items():
-        _set_tau(model, tau)
+        _set(model, "tau", _vector(tau))
         (folder / name).write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -41,23 +42,42 @@ def check_graphs(folder: Path, bundle: Bundle) -> list[str]:
     """Names of the graphs that were found to be what `write_graphs` makes of decoder.onnx.
 
     Raises:
-        BadArtifact: one is missing, or differs in more than its thresholds.
+        BadArtifact: one is missing, or is something else.
     """
     expected = thresholds(bundle.points)
     listed = {file.path for file in bundle.files}
-    model = onnx.load_model(folder / DECODER, load_external_data=False)
+    model = _fixed(folder / DECODER)
     for name, tau in expected.items():
         if name not in listed:
             raise BadArtifact(str(folder / name), "file", "bundle.json does not list this operating point's graph")
-        _set_tau(model, tau)
+        _set(model, "tau", _vector(tau))
         if onnx.load_model(folder / name, load_external_data=False) != model:
             raise BadArtifact(str(folder / name), "graph", "is not decoder.onnx with this operating point's `tau`")
     return sorted(expected)
 
 
-def _set_tau(model: onnx.ModelProto, tau: Mapping[str, float]) -> None:
-    values = tau_vector(tau).numpy().astype(np.float32)
-    default = next((tensor for tensor in model.graph.initializer if tensor.name == "tau"), None)
+def _fixed(path: Path) -> onnx.ModelProto:
+    """decoder.onnx without the inputs and outputs that onnxruntime-genai does not know."""
+    model = onnx.load_model(path, load_external_data=False)
+    _set(model, "logits_to_keep", np.ones(1, np.int64))
+    inputs = [value for value in model.graph.input if value.name not in ("tau", "logits_to_keep")]
+    outputs = [value for value in model.graph.output if value.name != "kept_pairs"]
+    for values, kept in ((model.graph.input, inputs), (model.graph.output, outputs)):
+        copies = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+        del values[:]
+        values.extend(copies)
+    for value in model.graph.output:
+        if value.name == "logits":
+            value.type.tensor_type.shape.dim[1].dim_value = 1
+    return model
+
+
+def _vector(tau: Mapping[str, float]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return np.array(tau_vector(tau).tolist(), np.float32)
+
+
+def _set(model: onnx.ModelProto, name: str, values: np.ndarray[tuple[int], np.dtype[np.float32 | np.int64]]) -> None:
+    default = next((tensor for tensor in model.graph.initializer if tensor.name == name), None)
     if default is None:
-        raise BadArtifact(DECODER, "initializer `tau`", "missing")
-    default.CopyFrom(numpy_helper.from_array(values, "tau"))
+        raise BadArtifact(DECODER, f"initializer `{name}`", "missing")
+    default.CopyFrom(numpy_helper.from_array(values, name))
