@@ -26,10 +26,11 @@ bundle's at tau = 0. All runtimes have one thread, in one process, in turn; time
 2 cores that other programs were using (load 6 to 9): the ratios hold within a run, the milliseconds and shares of the limit are
 those of a busy machine.
 
-With the paper's policy the stock operator is slower everywhere, by 1.2 to 1.5 times. With what `auto` chooses (`predicted`, KL
-0.0015 where the paper's policy has 0.063) it is slower in prefill, by 1.2 to 1.6 times, but not in decode: 0.84 to 1.09 times.
-There `auto` keeps five pairs of six, and its formula adds nodes to every layer, which this small model feels. `modes search
---decode-target` asks for more in decode. Larger layers are in the [kernel benchmark](cpu-kernels.md).
+With the paper's policy the stock operator is slower everywhere, by 1.2 to 1.5 times. With what `auto` chose when this was
+measured (`predicted`, KL 0.0015 where the paper's policy has 0.063; there was no `salient` yet) it is slower in prefill, by 1.2
+to 1.6 times, but not in decode: 0.84 to 1.09 times. There `auto` kept five pairs of six, and its formula adds nodes to every
+layer, which this small model feels. `modes search --decode-target` asks for more in decode. Larger layers are in the
+[kernel benchmark](cpu-kernels.md).
 """
 
 
