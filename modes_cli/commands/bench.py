@@ -87,8 +87,8 @@ def _random_data(seed: int, **others: object) -> "DataSpec":
 
 
 def result(found: "Bench") -> dict[str, Any]:
-    """What scripts get of a benchmark."""
-    return {"cases": [case.model_dump() for case in found.cases], "machine": found.machine.model_dump()}
+    """What scripts get of a benchmark; `over_stock` of a case where stock operators were measured."""
+    return {"cases": [case.model_dump(exclude_none=True) for case in found.cases], "machine": found.machine.model_dump()}
 
 
 def tables(found: "Bench") -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ELEMENT = {
-    torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16
+    torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16
 }  # fmt: skip
 P, SIZE, I64, INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
 TABLE = 279

@@ -229,7 +229,7 @@ def test_a_call_that_fails_gives_its_scratch_back(
 def all_dtypes() -> list[tuple[int, int, int]]:
     ids = (ELEMENT[torch.int64], ELEMENT[torch.int32])
     floats = [ELEMENT[dtype] for dtype in FLOATS]
-    return sorted(product(floats, floats, ids))
+    return sorted(product(floats, [*floats, ELEMENT[torch.int8], ELEMENT[torch.uint8]], ids))
 
 
 def test_the_emulated_library_has_the_overloads_of_cuda_for_the_cpu(fake: Callable[..., FakeOrt]) -> None:

@@ -71,11 +71,12 @@ def test_thresholds_do_what_the_artifact_says(
     name: str, searched: dict[str, Path], request: pytest.FixtureRequest, small_samples: Callable[..., list[Sample]]
 ) -> None:
     loaded: Loaded = request.getfixturevalue(name)
-    calibration, samples = RunFolder(searched[name]).read(Calibration), small_samples(SAMPLES)
+    run, samples = RunFolder(searched[name]), small_samples(SAMPLES)
+    calibration = run.read(Calibration)
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     try:
         for result in thresholds(searched[name]).results:
-            with engine.using(rule=from_result(result, Measured(calibration))) as counts:
+            with engine.using(rule=from_result(result, Measured(calibration, run))) as counts:
                 for part in (samples[:8], samples[8:]):
                     batch = measuring_batch(loaded, part)
                     with engine.answers_at(batch.decoding):
