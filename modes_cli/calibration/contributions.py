@@ -167,7 +167,7 @@ def obstacles(blocks: list[MoEBlock], routers: list[Router | None]) -> dict[str,
         similarity = _too_large(layers * experts * experts * 16, MOST)
     size, sums = _bytes_of(routers), layers * experts * ridge.width(experts) * 8
     if any(router is None for router in routers):
-        predictor = "the layers' routers were not found: not exactly one matrix of experts x hidden size"
+        predictor = "the layers' routers were not found: no matrix of experts x hidden size is nearest to the block"
     elif sums > MOST:
         predictor = _too_large(sums, MOST)
     elif size > LARGEST_ROUTERS:

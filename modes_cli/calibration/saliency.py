@@ -78,7 +78,7 @@ class SaliencySums:
                 torch.autograd.grad(scale * _signed_log_margin(logits, number), backward.source)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, AssertionError) as error:
+        except RuntimeError as error:
             self.obstacle, self.sums = f"the model cannot be differentiated: {_first_line(error)}", {}
             return {}
         backward.require_all(len(self._blocks))

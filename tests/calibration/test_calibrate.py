@@ -179,11 +179,11 @@ def test_replaying_costs_about_half(name: str, runs: Runs, request: pytest.Fixtu
     layers = loaded.model.config.text_config.num_hidden_layers
     ran = layers + len(COLUMNS) * sum(layers - block.layer for block in loaded.blocks)
     assert artifact.naive_forwards == 1 + len(COLUMNS) * len(loaded.blocks)
-    if name == "digits":
-        assert ran / layers <= 0.6 * artifact.naive_forwards
     ran += len(loaded.blocks)  # experts alone, for the norms of what they return: counted as whole layers
     ran += 3 * layers  # saliency: forward, every layer again, and back
     assert artifact.forward_equivalents == pytest.approx(ran / layers)
+    if name == "digits":  # importance and norms; the naive way has no saliency either
+        assert artifact.forward_equivalents - 3 <= 0.6 * artifact.naive_forwards
 
 
 @pytest.fixture

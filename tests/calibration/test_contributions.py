@@ -262,6 +262,18 @@ def test_where_norms_have_no_meaning_the_reason_is_given() -> None:
     assert find_router(qwen.model, several[0]) is None
 
 
+def test_a_matrix_of_the_same_shape_that_lies_deeper_is_not_the_router() -> None:
+    qwen = make("qwen3_vl_moe")
+    block = qwen.blocks[0]
+    moe = qwen.model.get_submodule(block.moe)
+    before = find_router(qwen.model, block)
+    moe.shared = torch.nn.Sequential(torch.nn.Linear(block.hidden_size, block.num_experts))
+    found = find_router(qwen.model, block)
+    assert before is not None
+    assert found is not None
+    assert found.module is before.module
+
+
 def test_a_router_that_is_not_found_leaves_the_predictor_out() -> None:
     qwen = make("qwen3_vl_moe")
     for block in qwen.blocks:
