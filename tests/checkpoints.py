@@ -65,22 +65,23 @@ def _multimodal(text: dict[str, Any]) -> dict[str, Any]:
 def write_moe(folder: Path, seed: int = 0) -> Path:
     """Qwen3-VL-MoE: a dense layer, then three with 16 experts, 4 for each token."""
     config = transformers.Qwen3VLMoeConfig(**_multimodal({**_text(), **_moe()}))
-    return _save(transformers.Qwen3VLMoeForConditionalGeneration(config), folder, seed)
+    return save(transformers.Qwen3VLMoeForConditionalGeneration(config), folder, seed)
 
 
 def write_dense(folder: Path) -> Path:
     """Qwen3-VL without experts."""
     config = transformers.Qwen3VLConfig(**_multimodal(_text()))
-    return _save(transformers.Qwen3VLForConditionalGeneration(config), folder, 0)
+    return save(transformers.Qwen3VLForConditionalGeneration(config), folder, 0)
 
 
 def write_text_moe(folder: Path) -> Path:
     """Qwen3-MoE: experts, but no image."""
     config = transformers.Qwen3MoeConfig(**_text(), **_moe(), tie_word_embeddings=False)
-    return _save(transformers.Qwen3MoeForCausalLM(config), folder, 0)
+    return save(transformers.Qwen3MoeForCausalLM(config), folder, 0)
 
 
-def _save(model: Any, folder: Path, seed: int) -> Path:
+def save(model: Any, folder: Path, seed: int) -> Path:
+    """A random model under the built-in model's tokenizer and image processor."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in PROCESSOR_FILES:
         if (REFERENCE_FOLDER / name).exists():

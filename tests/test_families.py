@@ -472,7 +472,7 @@ def test_these_families_are_known(family: str, run_of: Any) -> None:
 
 def write_unknown(folder: Path) -> Path:
     """A text model with experts of the common shape whose family no test here covers."""
-    from tests.checkpoints import _save
+    from tests.checkpoints import save
 
     text = reference_config()["text_config"]
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
@@ -484,7 +484,7 @@ def write_unknown(folder: Path) -> Path:
         "num_key_value_heads": 2,
     }
     ids = {name: text[name] for name in ("vocab_size", "eos_token_id", "pad_token_id")}
-    return _save(transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**experts, **sizes, **ids)), folder, 0)
+    return save(transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**experts, **sizes, **ids)), folder, 0)
 
 
 def test_an_unknown_family_is_refused_and_taken_when_asked(folder: Path) -> None:
