@@ -3,9 +3,11 @@
 import resource
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 from modes_cli import files
 from modes_cli.artifacts import Bundle, Thresholds
@@ -13,15 +15,16 @@ from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption, KernelError, ModesError, WriteFailed
-from modes_cli.export import weights
+from modes_cli.export import grouped, skeleton, weights
 from modes_cli.export.beside import beside, raise_failure
 from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
-from modes_cli.export.decoder import DecoderSpec, export_decoder
+from modes_cli.export.decoder import DecoderSpec, cache_shape, export_decoder
 from modes_cli.export.embedding import export_embedding
 from modes_cli.export.genai import RUNS
 from modes_cli.export.genai import folder as genai
 from modes_cli.export.integrity import (
     CUDA_LIBRARY,
+    HALF_DECODER,
     LIBRARY,
     check_extra,
     check_for_loading,
@@ -124,7 +127,8 @@ def _same(
         digests = {file.path: file.sha256 for file in there.files}
         if any(digests.get(name) != files.sha256(library) for name, library in _libraries().items()):
             return None
-        if there.family in RUNS and genai.CONFIG not in digests:  # written by a version that made no such files
+        expected = {genai.CONFIG, *((HALF_DECODER,) if there.model.dtype != "float32" else ())}
+        if there.family in RUNS and expected - digests.keys():  # written by a version that made no such files
             return None
     return there if stored.key == rule.key else None
 
@@ -150,7 +154,8 @@ def _fill(folder: Path, plan: Plan, request: ExportRequest) -> list[str]:
     """Write everything; what people should be told."""
     notes: list[str] = []
     onnx, advance = request.format == "onnx", request.progress.advance
-    request.progress.start("weights and graphs" if onnx else "weights", len(plan.targets) + (3 if onnx else 0))
+    graphs = 3 + _has_half(plan) if onnx else 0
+    request.progress.start("weights and graphs" if onnx else "weights", len(plan.targets) + graphs)
     with beside(lambda check: weights.write_weights(folder, plan.targets, advance, check)) as written:
         copy_settings(folder, plan)
         (folder / THRESHOLDS).write_bytes(thresholds_bytes(plan))
@@ -183,6 +188,14 @@ def _libraries() -> dict[str, Path]:
     return found
 
 
+def _has_half(plan: Plan) -> bool:
+    """Whether there is a decoder graph for CUDA that computes in the weights' own type."""
+    assert plan.family is not None
+    text = plan.config.get_text_config()
+    module = plan.model.get_submodule(plan.family.text)
+    return plan.info.dtype != "float32" and grouped.fits(text, cache_shape(text), module)
+
+
 def _graphs(plan: Plan) -> Iterator[tuple[str, ir.Model]]:
     assert plan.family is not None
     family, text = plan.family, plan.config.get_text_config()
@@ -191,6 +204,10 @@ def _graphs(plan: Plan) -> Iterator[tuple[str, ir.Model]]:
     yield "embedding.onnx", export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack)
     yield "vision.onnx", export_vision(plan.model, plan.mode, family, plan.config)
     yield "decoder.onnx", export_decoder(plan.model, plan.mode, family, spec)
+    if _has_half(plan):
+        half = getattr(torch, plan.info.dtype)
+        skeleton.narrow(plan.model, plan.mode, half)  # the last that is traced of it
+        yield HALF_DECODER, export_decoder(plan.model, plan.mode, family, replace(spec, dtype=half, grouped=True))
 
 
 def _save(model: ir.Model, path: Path, plan: Plan) -> None:

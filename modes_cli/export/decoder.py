@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from modes_cli.export import graph, packing
+from modes_cli.export.attention import ATTENTION, FlatCache
 from modes_cli.export.families.base import Family
 from modes_cli.export.graph import AUTO, Shape
-from modes_cli.export.sinks import with_sinks
+from modes_cli.export.grouped import GroupedCache, RealFirst
 from modes_cli.export.skeleton import keep_only
 from modes_cli.export.thresholds import PREFIX
 from modes_cli.models.blocks import MoEBlock
@@ -26,7 +26,7 @@ from modes_cli.skipping.policy import Rule, scale_of
 
 CONTRIBUTION = PREFIX.rstrip(".")  # the module that stands for the formula's tensors
 PADDING = len(GROUPS)  # a group that only the graph knows: tau is infinite, so padding costs no expert work
-_ATTENTION = "modes_export"
+_GROUPED = "modes_export_grouped"
 
 
 class CacheShape(NamedTuple):
@@ -50,13 +50,19 @@ def cache_shape(text: Any) -> CacheShape:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """What a decoder graph is made from. A contribution of `rule` must be a `Formula`."""
+    """What a decoder graph is made from. A contribution of `rule` must be a `Formula`.
+
+    dtype: of activations and cache; the graph's other inputs and outputs are float32 and int64 whatever it is.
+    grouped: attention as GroupQueryAttention, where `grouped.fits`; else as ai.onnx's Attention.
+    """
 
     config: Any  # of the text model
     deepstack: int
     blocks: list[MoEBlock]
     tokens: TokenGroups
     rule: Rule
+    dtype: torch.dtype = torch.float32
+    grouped: bool = False
 
     @property
     def layers(self) -> int:
@@ -65,35 +71,6 @@ class DecoderSpec:
     @property
     def cache(self) -> "CacheShape":
         return cache_shape(self.config)
-
-
-class FlatCache:
-    """Turns the graph's past inputs into its present outputs. Attention layers only call `update`.
-
-    It remembers padding: its keys in the first layer are zero. onnxruntime-genai's mask is all ones after the prompt, so a
-    batch of prompts of different lengths would look at its padding from the first generated token on.
-    """
-
-    def __init__(self, past: list[Tensor], real: Tensor) -> None:
-        """`real` [B, S] bool: which of the new places are not padding."""
-        self.past, self.real = past, real
-        self.present: list[Tensor] = list(past)
-
-    def past_real(self) -> Tensor:
-        """[B, P] bool. One head tells: no real key is all zeros."""
-        keys = self.past[0][:, 0].abs()
-        # Not a sum, and not a vector: over no rows, ONNX Runtime's have a wrong shape.
-        return (keys @ torch.ones(keys.shape[-1], 1))[..., 0] != 0
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if layer_idx == 0:
-            keys = torch.where(self.real[:, None, :, None], keys, torch.zeros_like(keys))
-        keys, values = torch.cat([self.past[2 * layer_idx], keys], 2), torch.cat([self.past[2 * layer_idx + 1], values], 2)
-        self.present[2 * layer_idx : 2 * layer_idx + 2] = keys, values
-        return keys, values
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.past[0].shape[2]
 
 
 class Decoder(nn.Module):
@@ -121,7 +98,7 @@ class Decoder(nn.Module):
         for block in spec.blocks:
             self.register_buffer(f"score_scale_{block.layer}", padded[block.index].clone(), persistent=False)
             block.experts.forward = self._experts(block)
-        spec.config._attn_implementation = _ATTENTION
+        spec.config._attn_implementation = _GROUPED if spec.grouped else ATTENTION
 
     def _experts(self, block: MoEBlock) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         experts: Any = block.experts
@@ -169,20 +146,31 @@ class Decoder(nn.Module):
         for sizes in (inputs_embeds.shape, position_ids.shape[-2:]):
             torch._check(sizes[0] == batch)
             torch._check(sizes[1] == length)
-        valid = attention_mask != 0
+        real = attention_mask[:, -length:] != 0  # not from `before`: a buffer may be longer than what is in it
         self.kept, self.thresholds = [], torch.cat([tau, self.get_buffer("never")])
-        real = valid[:, before:]
-        self.group = self._groups(input_ids, real).reshape(-1)
-        cache = FlatCache(past, real)
-        valid = torch.cat([valid[:, :before] & cache.past_real(), real], 1)
-        query, key = torch.arange(length, device=tau.device)[:, None] + before, torch.arange(total, device=tau.device)[None]
-        # A padding row looks at itself, or its softmax would be 0 / 0 and the NaN would spread through the cache.
-        mask = ((key <= query)[None] & valid[:, None, :]) | (key == query)[None]
-        embeds, *deepstack = inputs_embeds.chunk(1 + self.spec.deepstack, -1)
-        hidden = self.family.run_text(
-            self.get_submodule(self.family.text), embeds, position_ids, mask[:, None], cache, deepstack
-        )
-        logits = self.get_submodule(self.family.head)(torch.ops.modes_trace.last_rows(hidden, logits_to_keep))
+        groups, embeds = self._groups(input_ids, real), inputs_embeds
+        cache: FlatCache | GroupedCache
+        if self.spec.grouped:
+            order = RealFirst(real)
+            groups, embeds = order.sort(groups), order.sort(embeds)
+            position_ids = (
+                order.sort(position_ids)
+                if position_ids.ndim == 2
+                else torch.stack([order.sort(row) for row in position_ids.unbind(0)])
+            )
+            cache = GroupedCache(past, attention_mask, input_ids, real)
+            AttentionInterface.register(_GROUPED, cache.attend)  # looked up by name when a layer is called
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # nobody looks at it
+        else:
+            cache = FlatCache(past, real)
+            mask = cache.mask(attention_mask[:, :before] != 0)
+        self.group = groups.reshape(-1)
+        embeds, *deepstack = embeds.to(self.spec.dtype).chunk(1 + self.spec.deepstack, -1)
+        text = self.get_submodule(self.family.text)
+        hidden = self.family.run_text(text, embeds, position_ids, mask, cache, deepstack)
+        if self.spec.grouped:
+            hidden = order.restore(hidden)
+        logits = self.get_submodule(self.family.head)(torch.ops.modes_trace.last_rows(hidden, logits_to_keep)).float()
         kept = torch.stack(self.kept)[:, :PADDING]
         self.group = self.thresholds = None
         return logits, kept, cache.present
@@ -204,31 +192,10 @@ def _parts(formula: Formula, mode: FakeTensorMode) -> nn.Module:
     return parts
 
 
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Grouped heads stay grouped: the Attention operator repeats them itself, without copies."""
-    if s_aux is not None:
-        assert attention_mask is not None
-        assert scaling is not None
-        query, key, value, attention_mask = with_sinks(query, key, value, attention_mask, s_aux, scaling)
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(_ATTENTION, _attention)
-
-
 def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec: DecoderSpec) -> ir.Model:
     """The decoder graph, its weights still to be linked.
+
+    `model` has parameters of the spec's dtype.
 
     Inputs: inputs_embeds [B, S, (1 + n) * H], attention_mask [B, P + S], position_ids [3, B, S] or [B, S], input_ids [B, S],
     tau [G] and logits_to_keep [1] (both with a default), past_key_values.N.key / value as `cache_shape` says.
@@ -238,7 +205,7 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
     batch, length, past = 2, 5, 3
     hidden, layers, rows = int(spec.config.hidden_size), spec.layers, family.position_rows
     with mode:
-        cache = [torch.zeros(batch, spec.cache.heads, past, width) for width in spec.cache[1:] * layers]
+        cache = [torch.zeros(batch, spec.cache.heads, past, width, dtype=spec.dtype) for width in spec.cache[1:] * layers]
         example = {
             "inputs_embeds": torch.zeros(batch, length, (1 + spec.deepstack) * hidden),
             "attention_mask": torch.ones(batch, past + length, dtype=torch.int64),
@@ -263,12 +230,14 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
         "tau": [len(GROUPS)],
         "logits_to_keep": [1],
     }
-    inputs |= {f"past_key_values.{name}": ["batch", spec.cache.heads, "past", width] for name, width in names.items()}
+    # The two are one buffer, which may be longer than what is in it.
+    before, after = ("buffer", "present_buffer") if spec.grouped else ("past", "total")
+    inputs |= {f"past_key_values.{name}": ["batch", spec.cache.heads, before, width] for name, width in names.items()}
     outputs: dict[str, Shape] = {
         "logits": ["batch", "logits_length", int(spec.config.vocab_size)],
         "kept_pairs": [len(spec.blocks), len(GROUPS)],
     }
-    outputs |= {f"present.{name}": ["batch", spec.cache.heads, "total", width] for name, width in names.items()}
+    outputs |= {f"present.{name}": ["batch", spec.cache.heads, after, width] for name, width in names.items()}
     traced = graph.trace(decoder, example, dynamic, inputs, outputs)
     graph.give_default(traced, "tau", spec.rule.tau.to(torch.float32))
     graph.give_default(traced, "logits_to_keep", torch.zeros(1, dtype=torch.int64))

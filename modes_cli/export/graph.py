@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from modes_cli.export import grouped
 from modes_cli.export.operator import DOMAIN, VERSION, translation_table
 from modes_cli.export.optimiser import optimise
 
@@ -40,7 +41,7 @@ def trace(
             kwargs=example,
             input_names=list(inputs),
             output_names=list(outputs),
-            custom_translation_table=translation_table(),
+            custom_translation_table=translation_table() | grouped.translation_table(),
             opset_version=OPSET,
             optimize=False,  # it would try to fold constants out of weights that do not exist
             dynamo=True,
@@ -51,6 +52,8 @@ def trace(
         _optimise(model)
     _set_shapes(model, inputs | outputs)
     model.opset_imports[DOMAIN] = VERSION
+    if any(node.domain == grouped.DOMAIN for node in model.graph):
+        model.opset_imports[grouped.DOMAIN] = grouped.VERSION
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "modes", None
     return model

@@ -15,6 +15,7 @@ from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.run_folder import read_json
 
 LIBRARY, CUDA_LIBRARY = "libmodes_cpu.so", "libmodes_cuda.so"  # the second where `modes export` found one
+HALF_DECODER = "decoder-cuda.onnx"  # of bundles whose weights are float16 or bfloat16, as its activations
 GRAPHS = ("decoder.onnx", "embedding.onnx", "vision.onnx")
 WEIGHT_DTYPES = {"F32", "F16", "BF16"}
 

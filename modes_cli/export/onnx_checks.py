@@ -12,8 +12,8 @@ from modes_cli.export.safetensors_header import Entry
 
 GRAPH_LIMIT = 256 << 20  # bytes; graphs hold no weights
 INLINE_LIMIT = 1 << 20
-DOMAINS = {"": range(13, 27), "modes": range(1, 2)}
-OPERATORS = {"SkipExperts"}  # of domain `modes`
+DOMAINS = {"": range(13, 27), "modes": range(1, 2), "com.microsoft": range(1, 2)}
+OPERATORS = {"modes": {"SkipExperts"}, "com.microsoft": {"GroupQueryAttention"}}  # of ai.onnx, any
 _DTYPES = {
     "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16,
     "I8": onnx.TensorProto.INT8, "U8": onnx.TensorProto.UINT8,
@@ -47,7 +47,7 @@ def check_graph(path: Path, weights: Mapping[str, Entry]) -> str:
         for node in graph.node:
             nodes += 1
             skips += node.domain == "modes"
-            if node.domain not in DOMAINS or (node.domain == "modes" and node.op_type not in OPERATORS):
+            if node.domain not in DOMAINS or (node.domain and node.op_type not in OPERATORS[node.domain]):
                 raise BadArtifact(
                     str(path), f"node `{node.name[:80]}`", f"operator `{node.domain[:40]}::{node.op_type[:40]}` is not expected"
                 )

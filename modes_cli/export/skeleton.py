@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -22,8 +23,6 @@ def build(
     Raises:
         UnknownLayout: a module has such a buffer and cannot be made again from its configuration.
     """
-    import torch
-
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     architecture = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
     with mode, no_init_weights():  # there is nothing to fill with random numbers, and some ways of doing so look at them
@@ -95,3 +94,13 @@ def keep_only(model: nn.Module, paths: list[str]) -> nn.Module:
             owner = owner.get_submodule(parent)
         owner.add_module(leaf, model.get_submodule(path))
     return root
+
+
+def narrow(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> None:
+    """Give all parameters another dtype, ties kept. Buffers (rotary frequencies, a router's biases) stay as they are."""
+    made: dict[int, nn.Parameter] = {}
+    with mode:
+        for module in model.modules():
+            for key, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[key] = made.setdefault(id(value), nn.Parameter(value.to(dtype), requires_grad=False))

@@ -21,12 +21,13 @@ from modes_cli.models.processor import load_processor
 from modes_cli.runtime.answers import Answers
 from modes_cli.runtime.positions import Ints, mrope_positions, text_positions
 from modes_cli.runtime.providers import providers_for, uses_cuda
-from modes_cli.runtime.session import DECODER, EMBEDDING, VISION, open_graph
+from modes_cli.runtime.session import EMBEDDING, VISION, decoder_name, open_graph
 from modes_cli.skipping.policy import tau_vector
 from modes_cli.skipping.statistics import PairCounts
 
 Floats = NDArray[np.float32]
 PREFILL, DECODE = 0, 1
+_ELEMENTS = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # ONNX's numbers; numpy has no bfloat16
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class OrtModel:
         self.folder = folder
         self.bundle = check_for_loading(folder)
         providers = providers_for(device)
+        names = (decoder_name(self.bundle, providers), EMBEDDING, VISION)
         self.decoder, self.embedding, self.vision = (
-            open_graph(folder, self.bundle, name, providers, threads) for name in (DECODER, EMBEDDING, VISION)
+            open_graph(folder, self.bundle, name, providers, threads) for name in names
         )
         self.processor = load_processor(folder)
         self.tokens = bundled_groups(self.bundle)
@@ -80,6 +82,7 @@ class OrtModel:
         }
         self._outputs = [output.name for output in self.decoder.get_outputs()]
         self._pasts = [name.replace("present.", "past_key_values.") for name in self._outputs if name.startswith("present.")]
+        self._cached = _ELEMENTS[next(value.type for value in self.decoder.get_inputs() if value.name == self._pasts[0])]
 
     def with_decoder(self, decoder: ort.InferenceSession) -> "OrtModel":
         """The same with another decoder, which may lack what only skipping needs: input_ids, tau, kept_pairs."""
@@ -158,7 +161,7 @@ class OrtModel:
         info = self.bundle.decoder
         widths = {"key": info.head_dim, "value": info.value_dim or info.head_dim}
         shapes = [(batch, info.kv_heads, 0, widths[name.rpartition(".")[2]]) for name in self._pasts]
-        past = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes]
+        past = [ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cached) for shape in shapes]
         nothing = np.zeros((batch, 0), np.int64)
         return State(past, nothing, np.zeros((batch, 1), np.int64), np.zeros((batch, 0, info.vocab_size), np.float32), nothing)
 

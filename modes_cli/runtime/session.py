@@ -7,7 +7,7 @@ import onnxruntime as ort
 
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, BadOption, KernelError
-from modes_cli.export.integrity import check_for_loading, graph_weights
+from modes_cli.export.integrity import HALF_DECODER, check_for_loading, graph_weights
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.runtime import libraries
 from modes_cli.runtime.providers import CPU, operator_library, require_available, require_taken, uses_cuda
@@ -18,7 +18,7 @@ _QUIET = 3  # errors only; tau being an input with a default is not worth a warn
 
 def session(bundle: Path | str, providers: Sequence[str] | None = None) -> ort.InferenceSession:
     """A session of a bundle's decoder. `providers` None: the CPU. `["CUDAExecutionProvider", "CPUExecutionProvider"]`: a GPU,
-    and the CPU for operators that ONNX Runtime does not have there.
+    and the CPU for operators that ONNX Runtime does not have there; the graph is the one that `decoder_name` says.
 
     Raises:
         BadArtifact: the bundle is damaged; nothing was loaded.
@@ -26,7 +26,16 @@ def session(bundle: Path | str, providers: Sequence[str] | None = None) -> ort.I
         KernelError: no operator library loads here that has kernels for the providers, or ONNX Runtime gave one up.
     """
     folder = Path(bundle)
-    return open_graph(folder, check_for_loading(folder), DECODER, providers)
+    there = check_for_loading(folder)
+    return open_graph(folder, there, decoder_name(there, providers), providers)
+
+
+def decoder_name(bundle: Bundle, providers: Sequence[str] | None = None) -> str:
+    """The decoder graph for these providers. On a GPU the one in float16 or bfloat16, where the bundle has it; on the CPU, and
+    for a bundle of float32 weights, the one in float32: ONNX Runtime has GroupQueryAttention for the other types there.
+    """
+    half = any(file.path == HALF_DECODER for file in bundle.files)
+    return HALF_DECODER if half and uses_cuda(providers or [CPU]) else DECODER
 
 
 def open_graph(
@@ -50,7 +59,7 @@ def open_graph(
     check_graph(folder / name, graph_weights(folder, bundle))
     library = operator_library(folder, bundle, asked)
     options = quiet_options(threads)
-    if name == DECODER:
+    if name in (DECODER, HALF_DECODER):
         _register(options, library)
     try:
         # Its Python interface would otherwise try again with the CPU alone, and print so on stdout.
