@@ -1,4 +1,4 @@
-"""Attention as com.microsoft.GroupQueryAttention, whose past and present may be one buffer: a step then copies no cache.
+"""Attention as com.microsoft.GroupQueryAttention. Past and present may be one buffer: no layer but the first then copies it.
 
 The operator sees a row as so many tokens without a gap, and puts new ones behind them (`seqlens_k`). Rows of a batch have
 padding, at the left of a prompt or where a row has ended. So tokens enter the layers with the real ones first and leave them
@@ -122,7 +122,9 @@ class GroupedCache:
             *tokens, *self.past[layer : layer + 2], self.last, self.mask, heads, key.shape[1], scaling
         )
         if layer == 0:
-            key = torch.ops.modes_trace.only_first(key, self.count)
+            # Values too, though nobody counts them: CUDA's kernel asks whether the keys share a buffer and takes the values to
+            # do as they do, so either both come out of it into the buffer that was fed, or neither.
+            key, value = (torch.ops.modes_trace.only_first(part, self.count) for part in (key, value))
         self.present[layer : layer + 2] = key, value
         return out.view(batch, length, heads, size), None
 

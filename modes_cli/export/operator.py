@@ -82,7 +82,7 @@ def _register_schema() -> None:
 
 _register_schema()
 _MODES = onnxscript.values.Opset(DOMAIN, VERSION)
-_ONNX = onnxscript.opset23
+_ONNX: Any = onnxscript.opset23
 
 
 def _skip_experts(
@@ -114,6 +114,17 @@ def _last_rows(x: Any, count: Any) -> Any:
     return _ONNX.Slice(x, _ONNX.Neg(count), ends, _ONNX.Constant(value_ints=[1]))
 
 
+def _softmax(x: Any, dim: int, dtype: int = -1) -> Any:
+    """A router's softmax of bfloat16 logits is one in float32. The exporter's own would round first and then cast, and half of
+    the probabilities would be equal.
+    """
+    return _ONNX.Softmax(_ONNX.Cast(x, to=dtype) if dtype > 0 else x, axis=dim)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch.onnx.export(custom_translation_table=...)."""
-    return {torch.ops.modes_trace.skip_experts.default: _skip_experts, torch.ops.modes_trace.last_rows.default: _last_rows}
+    return {
+        torch.ops.modes_trace.skip_experts.default: _skip_experts,
+        torch.ops.modes_trace.last_rows.default: _last_rows,
+        torch.ops.aten.softmax.int: _softmax,
+    }

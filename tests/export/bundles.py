@@ -78,9 +78,10 @@ def make_run(
     shares: dict[int, tuple[float, ...]] = SHARES,
     experts: int = EXPERTS,
     top_k: int = TOP_K,
+    dtype: str = "auto",
 ) -> Path:
     """calibration.json and thresholds.json with two targets of policy `modes`."""
-    _, info, _ = describe(ModelSpec(str(checkpoint)))
+    _, info, _ = describe(ModelSpec(str(checkpoint), dtype=dtype))
     data = DataInfo(source="digits", split="validation", samples=1, seed=0, digest="0" * 64)
     shared = {"model": info, "data": data, "options": {"text_only": False, "special": "keep"}, "versions": versions()}
     folder.mkdir(parents=True, exist_ok=True)

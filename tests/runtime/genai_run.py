@@ -21,13 +21,13 @@ LONGEST = 16  # generated tokens; no answer of the built-in model is longer
 class Genai:
     """A bundle in onnxruntime-genai, with nothing of ours but the folder."""
 
-    def __init__(self, folder: Path, graph: str | None = None) -> None:
-        """`graph`: another decoder graph of the folder than its own choice."""
+    def __init__(self, folder: Path, graph: str | None = None, *, share: bool = False) -> None:
+        """`graph`: another decoder graph of the folder than its own choice. `share`: one buffer for past and present."""
         config = og.Config(str(folder))
         settings: dict[str, Any] = {"decoder": {"session_options": {"intra_op_num_threads": 1}}}
         if graph is not None:
             settings["decoder"]["filename"] = graph
-        config.overlay(json.dumps({"model": settings}))
+        config.overlay(json.dumps({"model": settings, "search": {"past_present_share_buffer": share}}))
         self.model = og.Model(config)
         self.processor, self.tokenizer = self.model.create_multimodal_processor(), og.Tokenizer(self.model)
 

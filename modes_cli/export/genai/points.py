@@ -1,11 +1,12 @@
-"""A decoder graph for each measured operating point, and one that skips nothing, made from decoder.onnx.
+"""A decoder graph for each measured operating point, and one that skips nothing, made from decoder.onnx; the same again of
+decoder-cuda.onnx, where the bundle has it.
 
 onnxruntime-genai (0.18) feeds no input that it does not know, so it moves along the frontier by the graph that it loads. In
 these graphs `tau` and `logits_to_keep` are constants, and only the last row of logits is computed: from the shape [B, 1, V] it
 knows that it needs no more. The weights stay where they are; a graph is some hundred kilobytes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,46 +15,54 @@ from onnx import numpy_helper
 
 from modes_cli.artifacts.bundle import Bundle, OperatingPoint
 from modes_cli.errors import BadArtifact
+from modes_cli.export.integrity import HALF_DECODER
 from modes_cli.skipping.policy import tau_vector
 
-DECODER, NOTHING_SKIPPED = "decoder.onnx", "decoder-0.onnx"
+DECODER = "decoder.onnx"
 
 
-def graph_name(point: OperatingPoint | Bundle) -> str:
+def graph_name(point: OperatingPoint | Bundle, base: str = DECODER) -> str:
     """`decoder-0.75.onnx`, with a target for decoded tokens `decoder-0.75-0.5.onnx`; a bundle's is that of its own point."""
     targets = (point.target, *(() if point.decode_target is None else (point.decode_target,)))
-    return f"decoder-{'-'.join(repr(target).removesuffix('.0') for target in targets)}.onnx"
+    return _named(base, "-".join(repr(target).removesuffix(".0") for target in targets))
 
 
-def thresholds(points: Iterable[OperatingPoint]) -> dict[str, dict[str, float]]:
+def _named(base: str, point: str) -> str:
+    return f"{base.removesuffix('.onnx')}-{point}.onnx"
+
+
+def thresholds(points: Iterable[OperatingPoint], base: str = DECODER) -> dict[str, dict[str, float]]:
     """File name of each graph -> its thresholds by token group."""
-    return {graph_name(point): point.tau for point in points} | {NOTHING_SKIPPED: {}}
+    return {graph_name(point, base): point.tau for point in points} | {_named(base, "0"): {}}
 
 
-def write_graphs(folder: Path, points: Iterable[OperatingPoint]) -> None:
-    """The graphs beside decoder.onnx."""
-    model = _fixed(folder / DECODER)
-    for name, tau in thresholds(points).items():
-        _set(model, "tau", _vector(tau))
-        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+def write_graphs(folder: Path, points: Sequence[OperatingPoint]) -> None:
+    """The graphs beside decoder.onnx, and those beside decoder-cuda.onnx if that is there."""
+    for base in (name for name in (DECODER, HALF_DECODER) if (folder / name).exists()):
+        model = _fixed(folder / base)
+        for name, tau in thresholds(points, base).items():
+            _set(model, "tau", _vector(tau))
+            (folder / name).write_bytes(model.SerializeToString(deterministic=True))
 
 
 def check_graphs(folder: Path, bundle: Bundle) -> list[str]:
-    """Names of the graphs that were found to be what `write_graphs` makes of decoder.onnx.
+    """Names of the graphs that were found to be what `write_graphs` makes.
 
     Raises:
         BadArtifact: one is missing, or is something else.
     """
-    expected = thresholds(bundle.points)
     listed = {file.path for file in bundle.files}
-    model = _fixed(folder / DECODER)
-    for name, tau in expected.items():
-        if name not in listed:
-            raise BadArtifact(str(folder / name), "file", "bundle.json does not list this operating point's graph")
-        _set(model, "tau", _vector(tau))
-        if onnx.load_model(folder / name, load_external_data=False) != model:
-            raise BadArtifact(str(folder / name), "graph", "is not decoder.onnx with this operating point's `tau`")
-    return sorted(expected)
+    found = []
+    for base in (DECODER, *({HALF_DECODER} & listed)):
+        model = _fixed(folder / base)
+        for name, tau in thresholds(bundle.points, base).items():
+            if name not in listed:
+                raise BadArtifact(str(folder / name), "file", "bundle.json does not list this operating point's graph")
+            _set(model, "tau", _vector(tau))
+            if onnx.load_model(folder / name, load_external_data=False) != model:
+                raise BadArtifact(str(folder / name), "graph", f"is not {base} with this operating point's `tau`")
+            found.append(name)
+    return sorted(found)
 
 
 def _fixed(path: Path) -> onnx.ModelProto:
