@@ -35,10 +35,12 @@ from modes_cli.search import find_thresholds
 from modes_cli.skipping.policy import Rule, tau_vector
 from tests.checkpoint_internvl import EXPERTS, HIDDEN, IMAGE, INTERMEDIATE, LAYERS, TEXTS, TILE, TOP_K, WINDOW, write_internvl
 from tests.checkpoints import small_samples
+from tests.export.generation import batches, generated, varied
 from tests.runs import calibration_request, search_request
 
 STEPS = 12  # more than the window
 ZERO = {"text": 0.0, "vision": 0.0}
+NOTHING = tau_vector(ZERO).numpy()
 DATA = ("--data", "digits", "--samples", "4", "--batch-size", "2")
 
 
@@ -147,6 +149,27 @@ def test_the_same_logits_and_tokens(made: Made, samples: list[Sample], which: tu
     assert prompts.input_ids.shape[1] > WINDOW
     answers = made.ort.answer(prompts, STEPS, fed)
     assert answers.tokens == made.torch.answer(asked, STEPS, rule).tokens
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6, None], ids=["0.3", "0.6", "nothing skipped"])
+def test_answers_of_transformers(made: Made, target: float | None) -> None:
+    """30 different questions, generated token by token, at both operating points; with nothing skipped, against the model that
+    nothing was done to.
+    """
+    runtime = made.torch if target is None else open_model(ModelSpec(str(made.checkpoint), device="cpu"), made.run, target)
+    plain = load(ModelSpec(str(made.checkpoint), device="cpu")) if target is None else None
+    tau = NOTHING if target is None else runtime.rule.tau.numpy()
+    skipped, answers = 0.0, []
+    for asked in batches(varied(30)):
+        prompts = made.ort.prompts([s.images for s in asked], [s.question for s in asked])
+        found = made.ort.answer(prompts, STEPS, tau)
+        with runtime.engine.using(rule=None if plain else runtime.rule):
+            assert found.tokens == generated(plain or runtime.loaded, asked, STEPS)
+        skipped, answers = max(skipped, found.skip_ratio["all"]), answers + found.tokens
+    assert len(answers) == 30
+    assert len({tuple(answer) for answer in answers}) > 15
+    assert sum(map(len, answers)) > 5 * len(answers)
+    assert (skipped > 0.2) == (target is not None)
 
 
 def test_a_batch_with_and_without_images(made: Made, samples: list[Sample]) -> None:

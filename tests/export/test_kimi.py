@@ -37,6 +37,7 @@ from tests import checkpoint_kimi_k25 as k25
 from tests import checkpoint_kimi_vl as vl
 from tests.checkpoint_kimi_k25 import write_kimi_k25
 from tests.checkpoint_kimi_vl import write_kimi_vl
+from tests.export.generation import batches, generated, varied
 from tests.runs import calibration_request, search_request
 from tests.runtime.test_session import picture, run_ort, sample
 
@@ -49,6 +50,7 @@ BATCHES = {
     "no image": [sample("Read the top row.")],
 }
 NEVER = {"text": 0.0, "vision": 0.0}
+STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,27 @@ def test_generates_the_same_text(case: Case) -> None:
     for found, expected in zip(answers.tokens, tokens.tolist(), strict=True):
         assert found == expected[: next((i for i, token in enumerate(expected) if token in ends), 6)]
     assert 0.2 < answers.skip_ratio["all"] < 0.9
+
+
+@pytest.mark.parametrize("share", [0.8, 1, 0], ids=["fewer", "searched", "nothing skipped"])
+def test_answers_of_transformers(case: Case, share: float) -> None:
+    """30 different questions, generated token by token, at two operating points; with nothing skipped, against the model that
+    nothing was done to.
+    """
+    tau = {group: share * value for group, value in case.ort.bundle.tau.items()}
+    plain = None if share else load(ModelSpec(str(case.checkpoint), device="cpu"))
+    rule = case.rule.with_tau(tau)
+    ratios, answers = [], []
+    for asked in batches(varied(30)):
+        found = case.ort.generate([s.images for s in asked], [s.question for s in asked], STEPS, tau)
+        with case.engine.using(rule=rule):
+            assert found.tokens == generated(plain or case.loaded, asked, STEPS)
+        ratios.append(found.skip_ratio["all"])
+        answers += found.tokens
+    assert len(answers) == 30
+    assert len({tuple(answer) for answer in answers}) > 15
+    assert sum(map(len, answers)) > 5 * len(answers)
+    assert (max(ratios) > 0.1) == (share > 0), ratios
 
 
 def test_a_placeholder_without_an_image(case: Case) -> None:
