@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,7 +16,7 @@ from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption, KernelError, ModesError, WriteFailed
-from modes_cli.export import grouped, skeleton, weights
+from modes_cli.export import attention, grouped, skeleton, weights
 from modes_cli.export.beside import beside, raise_failure
 from modes_cli.export.contents import copy_settings, describe_bundle, thresholds_bytes
 from modes_cli.export.decoder import DecoderSpec, cache_shape, export_decoder
@@ -127,7 +128,7 @@ def _same(
         digests = {file.path: file.sha256 for file in there.files}
         if any(digests.get(name) != files.sha256(library) for name, library in _libraries().items()):
             return None
-        expected = {genai.CONFIG, *((HALF_DECODER,) if there.model.dtype != "float32" else ())}
+        expected = {genai.CONFIG, *((HALF_DECODER,) if there.model.dtype != "float32" and quantize is None else ())}
         if there.family in RUNS and expected - digests.keys():  # written by a version that made no such files
             return None
     return there if stored.key == rule.key else None
@@ -189,11 +190,13 @@ def _libraries() -> dict[str, Path]:
 
 
 def _has_half(plan: Plan) -> bool:
-    """Whether there is a decoder graph for CUDA that computes in the weights' own type."""
-    assert plan.family is not None
+    """Whether there is a decoder graph for CUDA that computes in the weights' own type. Quantised experts are not on CUDA."""
     text = plan.config.get_text_config()
-    module = plan.model.get_submodule(plan.family.text)
-    return plan.info.dtype != "float32" and grouped.fits(text, cache_shape(text), module)
+    return plan.info.dtype != "float32" and plan.scheme is None and (_grouped(text) or attention.is_latent(text))
+
+
+def _grouped(text: Any) -> bool:
+    return grouped.fits(text, cache_shape(text))
 
 
 def _graphs(plan: Plan) -> Iterator[tuple[str, ir.Model]]:
@@ -207,7 +210,8 @@ def _graphs(plan: Plan) -> Iterator[tuple[str, ir.Model]]:
     if _has_half(plan):
         half = getattr(torch, plan.info.dtype)
         skeleton.narrow(plan.model, plan.mode, half)  # the last that is traced of it
-        yield HALF_DECODER, export_decoder(plan.model, plan.mode, family, replace(spec, dtype=half, grouped=True))
+        spec = replace(spec, dtype=half, grouped=_grouped(text))
+        yield HALF_DECODER, export_decoder(plan.model, plan.mode, family, spec)
 
 
 def _save(model: ir.Model, path: Path, plan: Plan) -> None:

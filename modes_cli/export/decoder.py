@@ -8,10 +8,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
 
 from modes_cli.export import graph, packing
-from modes_cli.export.attention import ATTENTION, FlatCache
+from modes_cli.export.attention import FlatCache
 from modes_cli.export.families.base import Family
 from modes_cli.export.graph import AUTO, Shape
 from modes_cli.export.grouped import GroupedCache, RealFirst
@@ -26,7 +25,6 @@ from modes_cli.skipping.policy import Rule, scale_of
 
 CONTRIBUTION = PREFIX.rstrip(".")  # the module that stands for the formula's tensors
 PADDING = len(GROUPS)  # a group that only the graph knows: tau is infinite, so padding costs no expert work
-_GROUPED = "modes_export_grouped"
 
 
 class CacheShape(NamedTuple):
@@ -98,7 +96,6 @@ class Decoder(nn.Module):
         for block in spec.blocks:
             self.register_buffer(f"score_scale_{block.layer}", padded[block.index].clone(), persistent=False)
             block.experts.forward = self._experts(block)
-        spec.config._attn_implementation = _GROUPED if spec.grouped else ATTENTION
 
     def _experts(self, block: MoEBlock) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         experts: Any = block.experts
@@ -159,7 +156,6 @@ class Decoder(nn.Module):
                 else torch.stack([order.sort(row) for row in position_ids.unbind(0)])
             )
             cache = GroupedCache(past, attention_mask, input_ids, real)
-            AttentionInterface.register(_GROUPED, cache.attend)  # looked up by name when a layer is called
             mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # nobody looks at it
         else:
             cache = FlatCache(past, real)

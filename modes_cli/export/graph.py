@@ -4,7 +4,7 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modes_cli.export import grouped
-from modes_cli.export.operator import DOMAIN, VERSION, translation_table
+from modes_cli.export import attention, grouped, norms, operator, rotary
+from modes_cli.export.operator import DOMAIN, VERSION
 from modes_cli.export.optimiser import optimise
 
 OPSET = 23  # the first with Attention and RMSNormalization
@@ -41,7 +41,7 @@ def trace(
             kwargs=example,
             input_names=list(inputs),
             output_names=list(outputs),
-            custom_translation_table=translation_table() | grouped.translation_table(),
+            custom_translation_table=_translations(),
             opset_version=OPSET,
             optimize=False,  # it would try to fold constants out of weights that do not exist
             dynamo=True,
@@ -57,6 +57,12 @@ def trace(
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "modes", None
     return model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What becomes of operators that only exist while tracing."""
+    tables = (module.translation_table() for module in (attention, grouped, norms, operator, rotary))
+    return {traced: made for table in tables for traced, made in table.items()}
 
 
 @contextlib.contextmanager

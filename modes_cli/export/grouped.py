@@ -8,27 +8,31 @@ in the order they came in; the next real tokens take the places of padding in th
 - one token for each row of any batch,
 - several tokens after a past for one row. For several rows the operator refuses.
 
-How many places of a row are real, the cache itself tells, as with `FlatCache`: behind them the keys of the first layer are
+A window (GPT-OSS) is counted in real tokens: those of a row lie side by side with a mask as well. How many places of a row are
+real, the cache itself tells, as with `FlatCache`: behind them the keys of the first layer are
 zeros, whatever was in the buffer. ONNX Runtime has the operator for float32 and float16 on the CPU, for float16 and bfloat16
-on CUDA; positions are applied before it, since it knows none with three rows (M-RoPE).
+on CUDA; positions are applied before it (`rotary`), since it knows none with three rows (M-RoPE).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnxscript
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from modes_cli.export.attention import is_latent
 
 DOMAIN, VERSION = "com.microsoft", 1
 OPERATOR = "GroupQueryAttention"
 _HEAD_MULTIPLE = 8
+_NO_WINDOW = -1
 
 torch.library.define(
     "modes_trace::group_query_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, Tensor last, Tensor mask, "
-    "int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? sinks, int heads, float scale, int window) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("modes_trace::last_place", "(Tensor past_key, Tensor mask, Tensor ids) -> Tensor")
 torch.library.define("modes_trace::only_first", "(Tensor key, Tensor count) -> Tensor")
@@ -58,15 +62,14 @@ def _only_first_shape(key: Tensor, count: Tensor) -> Tensor:
     return torch.empty_like(key)
 
 
-def fits(config: Any, cache: tuple[int, int, int], text: nn.Module) -> bool:
-    """Whether a text model's attention is one that the operator has: keys and values of one width, no sinks, no window."""
+def fits(config: Any, cache: tuple[int, int, int]) -> bool:
+    """Whether a text model's attention is one that the operator has: keys and values of one width, windows and sinks as in
+    GPT-OSS.
+    """
     heads, key, value = cache
     plain = key == value and key % _HEAD_MULTIPLE == 0 and int(config.num_attention_heads) % heads == 0
-    latent = getattr(config, "kv_lora_rank", None) is not None
-    sinks = any(name.rpartition(".")[2] == "sinks" for name, _ in text.named_parameters())
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    windows |= {"sliding"} if getattr(config, "use_sliding_window", False) else set()
-    return plain and not (latent or sinks or windows)
+    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    return plain and not (is_latent(config) or other or getattr(config, "use_sliding_window", False))
 
 
 class RealFirst:
@@ -99,6 +102,8 @@ class RealFirst:
 class GroupedCache:
     """Turns the graph's past inputs into its present outputs, inside the operator. See `FlatCache`."""
 
+    multimodal = True
+
     def __init__(self, past: list[Tensor], mask: Tensor, ids: Tensor, real: Tensor) -> None:
         """`mask` [B, P + S] int64, `ids` [B, S]; `real` [B, S] bool: which new places are not padding, in any order."""
         self.past, self.mask = past, mask
@@ -106,49 +111,52 @@ class GroupedCache:
         self.last = torch.ops.modes_trace.last_place(past[0], mask, ids)
         self.count = self.last + 1 - (~real).sum(1).to(torch.int32)
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return keys, values  # the new ones only: `attend` has the rest
-
     def get_seq_length(self, *_: Any) -> int:
         return self.past[0].shape[2]
 
-    def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, scaling: float, **__: Any
-    ) -> tuple[Tensor, None]:
-        """As transformers calls an attention: query [B, heads, S, D] -> [B, S, heads, D]."""
-        (batch, heads, length, size), layer = query.shape, 2 * module.layer_idx
-        tokens = [part.transpose(1, 2).reshape(batch, length, -1) for part in (query, key, value)]
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """As `attention.Cache`. Nobody looks at `mask`."""
+        first, heads = 2 * layer.layer_idx, query.shape[-1] // layer.head_dim
+        sinks, window = getattr(layer, "sinks", None), getattr(layer, "sliding_window", None)
         out, key, value = torch.ops.modes_trace.group_query_attention(
-            *tokens, *self.past[layer : layer + 2], self.last, self.mask, heads, key.shape[1], scaling
-        )
-        if layer == 0:
+            query, key, value, *self.past[first : first + 2], self.last, self.mask, sinks, heads, layer.scaling,
+            window or _NO_WINDOW,
+        )  # fmt: skip
+        if first == 0:
             # Values too, though nobody counts them: CUDA's kernel asks whether the keys share a buffer and takes the values to
             # do as they do, so either both come out of it into the buffer that was fed, or neither.
             key, value = (torch.ops.modes_trace.only_first(part, self.count) for part in (key, value))
-        self.present[layer : layer + 2] = key, value
-        return out.view(batch, length, heads, size), None
+        self.present[first : first + 2] = key, value
+        return cast(Tensor, out)
+
+
+_UNUSED = {"cos_cache": "T", "sin_cache": "T", "position_ids": "tensor(int64)", "attention_bias": "T"}
 
 
 def _register_schema() -> None:
-    """onnxscript looks operators up by schema. Of this one's optional inputs and attributes only those used here."""
+    """onnxscript looks operators up by schema. Of this one's attributes only those used here."""
     if onnx.defs.has(OPERATOR, DOMAIN):
         return
     parameter, attribute, kind = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute, onnx.defs.OpSchema.AttrType
     tensors = [parameter(name, "T") for name in ("query", "key", "value", "past_key", "past_value")]
     counts = [parameter(name, "M") for name in ("seqlens_k", "total_sequence_length")]
+    option = onnx.defs.OpSchema.FormalParameterOption.Optional
+    unused = [parameter(name, kind, param_option=option) for name, kind in _UNUSED.items()]
+    sinks = parameter("head_sink", "T", param_option=option)
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     onnx.defs.register_schema(
         onnx.defs.OpSchema(
             OPERATOR,
             DOMAIN,
             VERSION,
-            inputs=[*tensors, *counts],
+            inputs=[*tensors, *counts, *unused, sinks],
             outputs=[parameter(name, "T") for name in ("output", "present_key", "present_value")],
             type_constraints=[("T", floats, "activations and cache"), ("M", ["tensor(int32)"], "lengths")],
             attributes=[
                 attribute("num_heads", kind.INT, "of queries", required=True),
                 attribute("kv_num_heads", kind.INT, "of keys and values", required=True),
                 attribute("scale", kind.FLOAT, "of q . k", required=True),
+                attribute("local_window_size", kind.INT, "how many places a token sees, its own included", required=False),
             ],
         )
     )
@@ -161,12 +169,16 @@ _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 
 
 def _attention(
-    query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, mask: Any, heads: int, kv_heads: int,
-    scale: float,
+    query: Any, key: Any, value: Any, past_key: Any, past_value: Any, last: Any, mask: Any, sinks: Any, heads: int,
+    scale: float, window: int,
 ) -> Any:  # fmt: skip
     total = _ONNX.Cast(_ONNX.Shape(mask, start=1), to=_INT32)
-    inputs = (query, key, value, past_key, past_value, last, total)
-    return _MICROSOFT.GroupQueryAttention(*inputs, num_heads=heads, kv_num_heads=kv_heads, scale=scale, _outputs=3)
+    inputs = [query, key, value, past_key, past_value, last, total]
+    if sinks is not None:
+        inputs += [*(None for _ in _UNUSED), sinks]
+    options = {} if window == _NO_WINDOW else {"local_window_size": window}
+    kv_heads = int(past_key.shape[1])
+    return _MICROSOFT.GroupQueryAttention(*inputs, num_heads=heads, kv_num_heads=kv_heads, scale=scale, **options, _outputs=3)
 
 
 def _last_place(past_key: Any, mask: Any, ids: Any) -> Any:

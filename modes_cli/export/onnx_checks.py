@@ -13,7 +13,7 @@ from modes_cli.export.safetensors_header import Entry
 GRAPH_LIMIT = 256 << 20  # bytes; graphs hold no weights
 INLINE_LIMIT = 1 << 20
 DOMAINS = {"": range(13, 27), "modes": range(1, 2), "com.microsoft": range(1, 2)}
-OPERATORS = {"modes": {"SkipExperts"}, "com.microsoft": {"GroupQueryAttention"}}  # of ai.onnx, any
+OPERATORS = {"modes": {"SkipExperts"}, "com.microsoft": {"GroupQueryAttention", "MRotaryEmbedding"}}  # of ai.onnx, any
 _DTYPES = {
     "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16,
     "I8": onnx.TensorProto.INT8, "U8": onnx.TensorProto.UINT8,

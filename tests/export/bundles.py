@@ -79,6 +79,7 @@ def make_run(
     experts: int = EXPERTS,
     top_k: int = TOP_K,
     dtype: str = "auto",
+    family: str = "qwen3_vl_moe",
 ) -> Path:
     """calibration.json and thresholds.json with two targets of policy `modes`."""
     _, info, _ = describe(ModelSpec(str(checkpoint), dtype=dtype))
@@ -92,7 +93,7 @@ def make_run(
     }
     calibration = Calibration(
         **shared,
-        family="qwen3_vl_moe",
+        family=family,
         moe_layers=len(shares),
         experts=experts,
         top_k=top_k,

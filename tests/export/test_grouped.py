@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from modes_cli.errors import BadArtifact
-from modes_cli.export import export_bundle, grouped
-from modes_cli.export.bundle import _save
+from modes_cli.export import export_bundle, grouped, rotary
+from modes_cli.export.bundle import _has_half, _save
 from modes_cli.export.decoder import CacheShape, DecoderSpec, export_decoder
 from modes_cli.export.integrity import HALF_DECODER, check_for_loading, graph_weights
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.export.plan import make_plan
 from modes_cli.export.verify import verify_bundle
+from modes_cli.models.quantization import SCHEMES
 from modes_cli.requests import ExportRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.runtime.libraries import library_path
@@ -32,11 +33,12 @@ from modes_cli.search.selection import found_in, select
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import tau_vector
 from modes_cli.skipping.registry import from_result
-from tests.export.bundles import make_checkpoint, make_run, read, relist, shared_bfloat16, shared_bundle
+from tests.export.bundles import LAYERS, make_checkpoint, make_run, read, relist, shared_bfloat16, shared_bundle
 from tests.once import once
 from tests.runtime.test_session import BATCHES
 
 GROUPED = "grouped.onnx"
+PLAIN, OURS = ("Attention", "RotaryEmbedding"), (grouped.OPERATOR, rotary.MULTIMODAL)  # of the two decoder graphs
 NOTHING = tau_vector({}).numpy()
 STEPS, ENDED = 6, 3  # generated tokens; the first row has ended before that one
 ROOM = 160  # places of a shared buffer
@@ -81,7 +83,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, OrtModel
     assert plan.family is not None
     text = plan.config.get_text_config()
     spec = DecoderSpec(text, plan.family.deepstack(plan.config), plan.blocks, plan.tokens, rule, grouped=True)
-    assert grouped.fits(text, spec.cache, plan.model.get_submodule(plan.family.text))
+    assert grouped.fits(text, spec.cache)
     plain = OrtModel(folder, threads=1)
     _save(export_decoder(plan.model, plan.mode, plan.family, spec), folder / GROUPED, plan)
     check_graph(folder / GROUPED, graph_weights(folder, read(folder)))
@@ -228,6 +230,9 @@ def test_both_graphs_use_the_same_weights(half: Path, tmp_path_factory: pytest.T
     assert {types[name] for name in types if ".key" in name or ".value" in name} == {element}
     assert types["inputs_embeds"] == types["logits"] == types["tau"] == onnx.TensorProto.FLOAT
     onnx.shape_inference.infer_shapes(graphs[1], check_type=True, strict_mode=True)
+    found = [[node.op_type for node in graph.graph.node if node.op_type in PLAIN + OURS] for graph in graphs]
+    assert [sorted(set(ops)) for ops in found] == [sorted(PLAIN), sorted(OURS)]
+    assert {ops.count(name) for ops, (_, name) in zip(found, (PLAIN, OURS), strict=True)} == {2 * LAYERS}  # queries and keys
     # Which one runs where.
     assert decoder_name(bundle, [CUDA, CPU]) == HALF_DECODER
     assert decoder_name(bundle) == decoder_name(bundle, [CPU]) == DECODER
@@ -239,6 +244,17 @@ def test_float32_weights_have_one_graph(tmp_path_factory: pytest.TempPathFactory
     assert HALF_DECODER not in {file.path for file in bundle.files}
 
 
+def test_quantised_experts_have_one_graph(half: Path) -> None:
+    """They are not on CUDA yet."""
+    run = RunFolder(half.parent)
+    thresholds, calibration = found_in(run)
+    result = select(thresholds, None, None)
+    spec = model_spec(calibration, "cpu", False)
+    plan = make_plan(spec, thresholds, result, from_result(result, Measured(calibration, run)), onnx=True)
+    assert _has_half(plan)
+    assert not _has_half(dataclasses.replace(plan, scheme=SCHEMES["int8"]))
+
+
 @dataclasses.dataclass
 class Text:
     num_attention_heads: int = 4
@@ -248,16 +264,15 @@ class Text:
 
 
 def test_what_the_operator_has_not() -> None:
-    plain, sinks = torch.nn.Linear(2, 2), torch.nn.Module()
-    sinks.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
     wide = CacheShape(2, 16, 16)
-    assert grouped.fits(Text(), wide, plain)
-    assert not grouped.fits(Text(), wide, sinks)
-    assert not grouped.fits(Text(), CacheShape(2, 16, 8), plain)
-    assert not grouped.fits(Text(), CacheShape(2, 12, 12), plain)
-    assert not grouped.fits(Text(layer_types=("full_attention", "sliding_attention")), wide, plain)
-    assert not grouped.fits(Text(use_sliding_window=True), wide, plain)
-    assert not grouped.fits(Text(kv_lora_rank=8), wide, plain)
+    assert grouped.fits(Text(), wide)
+    assert grouped.fits(Text(layer_types=("full_attention", "sliding_attention")), wide)
+    assert not grouped.fits(Text(), CacheShape(2, 16, 8))
+    assert not grouped.fits(Text(), CacheShape(2, 12, 12))
+    assert not grouped.fits(Text(), CacheShape(3, 16, 16))
+    assert not grouped.fits(Text(layer_types=("full_attention", "linear_attention")), wide)
+    assert not grouped.fits(Text(use_sliding_window=True), wide)
+    assert not grouped.fits(Text(kv_lora_rank=8), wide)
 
 
 def test_another_operator_of_that_domain_is_refused(half: Path, tmp_path: Path) -> None:

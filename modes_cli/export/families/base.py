@@ -4,13 +4,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-
-class Cache(Protocol):
-    """What attention layers see as their key-value cache."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]: ...
-
-    def get_seq_length(self, *args: Any) -> Any: ...
+from modes_cli.export.attention import Cache
 
 
 class Family(Protocol):

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb, apply_rotary_pos_emb_interleave
 
-from modes_cli.export.families.base import Cache
+from modes_cli.export import rotary
+from modes_cli.export.attention import Cache, FlatCache
 
 
 def run_text(text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
     """Hidden states [B, S, H] after the last norm; arguments as in `Family.run_text`."""
+    rotary.replace(text, multimodal=cache.multimodal)
     for layer in cast(Any, text).layers:
         layer.self_attn.forward = _attention(layer.self_attn)
     out = text(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=False)
@@ -28,13 +29,13 @@ def run_text(text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, c
 
 def _attention(attn: Any) -> Any:
     rank, rope, nope, heads = attn.kv_lora_rank, attn.qk_rope_head_dim, attn.qk_nope_head_dim, attn.num_heads
-    rotate = apply_rotary_pos_emb_interleave if attn.config.rope_interleave else apply_rotary_pos_emb
+    interleaved = bool(attn.config.rope_interleave)
 
     def forward(
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: rotary.Rotation,
         attention_mask: Tensor,
-        past_key_values: Cache,
+        past_key_values: FlatCache,
         **_: Any,
     ) -> tuple[Tensor, None]:
         batch, length = hidden_states.shape[:2]
@@ -42,7 +43,8 @@ def _attention(attn: Any) -> Any:
         query = query.view(batch, length, heads, nope + rope).transpose(1, 2)
         latent, rotated = attn.kv_a_proj_with_mqa(hidden_states).split([rank, rope], -1)
         latent = attn.kv_a_layernorm(latent)[:, None]
-        query_rotated, rotated = rotate(query[..., nope:], rotated[:, None], *position_embeddings)
+        query_rotated = position_embeddings.by_heads(query[..., nope:], interleaved)
+        rotated = position_embeddings.by_heads(rotated[:, None], interleaved)
         latent, rotated = past_key_values.update(latent, rotated, attn.layer_idx)  # [B, 1, P + S, rank], [B, 1, P + S, rope]
         into_key, into_value = attn.kv_b_proj.weight.view(heads, nope + attn.v_head_dim, rank).split([nope, attn.v_head_dim], 1)
         query = torch.cat([query[..., :nope] @ into_key, query_rotated], -1)

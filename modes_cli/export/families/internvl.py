@@ -5,7 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from modes_cli.export.families.base import Cache
+from modes_cli.export import attention
+from modes_cli.export.attention import Cache
 from modes_cli.export.skeleton import keep_only
 
 _PARTS = ("model.vision_tower", "model.multi_modal_projector")
@@ -28,6 +29,7 @@ class InternVL:
     def run_text(
         self, text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Cache, deepstack: list[Tensor]
     ) -> Tensor:
+        attention.replace(text, multimodal=cache.multimodal)
         out = text(
             inputs_embeds=embeds,
             position_ids=positions,

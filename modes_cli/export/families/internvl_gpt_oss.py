@@ -6,12 +6,20 @@ The sinks reach the attention as `s_aux`; `modes_cli.export.sinks` says what bec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from modes_cli.export import norms
+from modes_cli.export.attention import Cache
 from modes_cli.export.families.internvl import InternVL
 
 
 class InternVLGptOss(InternVL):
+    def run_text(
+        self, text: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor, cache: Cache, deepstack: list[Tensor]
+    ) -> Tensor:
+        norms.replace(text)
+        return super().run_text(text, embeds, positions, mask, cache, deepstack)
+
     def masks(self, config: Any, mask: Tensor) -> dict[str, Tensor]:
         """By layer type. The model makes such a dictionary of its mask itself, and takes one that is there already."""
         sliding = mask if config.sliding_window is None else mask & within(mask, int(config.sliding_window))

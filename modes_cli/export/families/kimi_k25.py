@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.kimi_k25.modeling_kimi_k25 import apply_rotary_pos_emb_vision
 
+from modes_cli.export.attention import Cache
 from modes_cli.export.families import deepseek_text, moonvit
-from modes_cli.export.families.base import Cache
 from modes_cli.export.skeleton import keep_only
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modes_cli.export.attention import Cache
 from modes_cli.export.families import deepseek_text, moonvit
-from modes_cli.export.families.base import Cache
 from modes_cli.export.skeleton import keep_only
 from modes_cli.models.families.moonvit import rotate
 

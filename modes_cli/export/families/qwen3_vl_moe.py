@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb_vision
 
-from modes_cli.export.families.base import Cache
+from modes_cli.export import attention
+from modes_cli.export.attention import Cache
 from modes_cli.export.skeleton import keep_only
 
 
@@ -28,6 +29,7 @@ class Qwen3VLMoe:
     ) -> Tensor:
         # Features are zero at text rows, so a sum takes the place of boolean indexing, whose shape depends on the data.
         text._deepstack_process = lambda hidden, _, features: hidden + features  # type: ignore[assignment]
+        attention.replace(text, multimodal=cache.multimodal)
         out = text(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache,
             visual_pos_masks=mask, deepstack_visual_embeds=deepstack, use_cache=False,
