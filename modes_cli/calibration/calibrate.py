@@ -1,10 +1,12 @@
 """How much each MoE layer matters (MoDES, arXiv:2511.15690, eq. 2), and what its router thinks of each expert."""
 
+import contextlib
 import json
 
 import torch
 from safetensors.torch import save
 
+from modes_cli import files
 from modes_cli.artifacts import Calibration
 from modes_cli.artifacts.calibration import LayerImportance
 from modes_cli.calibration.contributions import OutputSums
@@ -13,12 +15,12 @@ from modes_cli.calibration.ratios import SlotRatios
 from modes_cli.calibration.replay import Replay
 from modes_cli.calibration.saliency import NAMES, PASSES, SaliencySums
 from modes_cli.calibration.scores import ScoreHistogram
-from modes_cli.calibration.unfinished import FILE as UNFINISHED
-from modes_cli.calibration.unfinished import Unfinished
 from modes_cli.data import batches, open_source
 from modes_cli.data.overlap import sample_digest
 from modes_cli.distributed import Ranks, joined
 from modes_cli.errors import ModesError
+from modes_cli.fingerprint import fingerprint
+from modes_cli.locks import one_writer
 from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.models.identity import Identity, identity
 from modes_cli.models.inputs import Batch, measuring_batch
@@ -28,8 +30,10 @@ from modes_cli.run_folder import RunFolder
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.measured import ABSENT
 from modes_cli.skipping.routing import Drop, Routing
+from modes_cli.unfinished import State, Unfinished, file_name
 
 TENSORS = "calibration.safetensors"
+UNFINISHED = file_name(Calibration.FILE)
 # What loses a layer's routed experts, by column of the importance table.
 COLUMNS: tuple[tuple[str, tuple[int, ...] | None], ...] = (
     ("all", None),
@@ -48,15 +52,16 @@ def calibrate(request: CalibrateRequest) -> Outcome[Calibration]:
 
     Raises:
         StaleArtifact: the run folder holds a calibration made from something else, and `fresh` was not asked for.
+        RunLocked: another command writes there.
         ElsewhereFailed, ProcessLost: another of the processes failed, or is gone.
     """
-    with joined() as ranks:
-        return _calibrate(request, ranks)
-
-
-def _calibrate(request: CalibrateRequest, ranks: Ranks) -> Outcome[Calibration]:
-    ranks.require_one_device_each(request.model.device_map)
     run = RunFolder(request.run)
+    with joined() as ranks, one_writer(run.path, "calibrate") if ranks.first else contextlib.nullcontext():
+        return _calibrate(request, run, ranks)
+
+
+def _calibrate(request: CalibrateRequest, run: RunFolder, ranks: Ranks) -> Outcome[Calibration]:
+    ranks.require_one_device_each(request.model.device_map)
     source = open_source(request.data, text_only=request.model.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
         "batch_size": request.batch_size,
@@ -70,18 +75,18 @@ def _calibrate(request: CalibrateRequest, ranks: Ranks) -> Outcome[Calibration]:
         options["quantize"] = request.model.quantize
     expected = identity(request.model, source, options)
     ranks.agree("model, data or library version", expected.flat)
-    unfinished = Unfinished(run.file(UNFINISHED), expected.flat)
     if not request.fresh:
         kept = _kept(run, expected) if ranks.first else None
         if said := ranks.tell("" if kept is None else kept.model_dump_json()):
             if ranks.first:
-                unfinished.remove()
+                files.remove(run.file(UNFINISHED))
             return Outcome(Calibration.model_validate_json(said), run.file(Calibration.FILE), reused=True)
     loaded = load(request.model)
     measured, digests = _Measurement(loaded), list[str]()
-    before = unfinished.restore() if ranks.first and not request.fresh else None
-    if before is not None:
-        measured.resume(*before)
+    made_from = fingerprint(expected.flat, loaded.path, loaded.device) if ranks.first else {}
+    unfinished = Unfinished(run.file(UNFINISHED), made_from, request.progress)
+    if ranks.first and not request.fresh and (before := unfinished.restore()) is not None:
+        measured.resume(before)
     done = int(ranks.tell(str(measured.batches)))  # the first process alone keeps sums
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     request.progress.start("calibrate", len(source))
@@ -96,8 +101,8 @@ def _calibrate(request: CalibrateRequest, ranks: Ranks) -> Outcome[Calibration]:
                 if together[-1][0] >= done:
                     for found in ranks.gather(own):
                         measured.add(found)
-                    if ranks.first:
-                        unfinished.save(measured.state(), measured.batches)
+                    if ranks.first and unfinished.due:
+                        unfinished.save(measured.state())
                 request.progress.advance(sum(len(samples) for _, samples in together))
     finally:
         engine.remove()
@@ -160,17 +165,18 @@ class _Measurement:
         self.batches = 0
         self.layers_run = 0
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> State:
         """All sums, as tensors."""
         counters = torch.tensor([self.answer_tokens, self.layers_run])
-        reference = torch.cat(self.reference)
-        own = {"damage": self.damage, "histogram": self.histogram.counts, "reference": reference, "counters": counters}
-        return {**own, "ratios": self.ratios.counts, **self.outputs.sums, **self.saliency.sums}
+        own = {"damage": self.damage, "histogram": self.histogram.counts, "counters": counters, "ratios": self.ratios.counts}
+        reference = {f"reference.{number}": part for number, part in enumerate(self.reference)}  # as they are: gigabytes
+        return State(self.batches, {**own, **reference, **self.outputs.sums, **self.saliency.sums})
 
-    def resume(self, state: dict[str, torch.Tensor], batches: int) -> None:
-        """Go on from what `state` gave after so many batches."""
+    def resume(self, before: State) -> None:
+        """Go on from what `state` gave."""
+        state, self.batches = dict(before.tensors), before.done
         self.damage, self.histogram.counts = state["damage"], state["histogram"]
-        self.reference, self.batches = [state["reference"]], batches
+        self.reference = [state[f"reference.{number}"] for number in range(self.batches)]
         self.answer_tokens, self.layers_run = state["counters"].tolist()
         self.ratios.counts = state["ratios"]
         self.outputs.sums |= {name: state[name] for name in state.keys() & {*self.outputs.sums, "router", "router_bias"}}

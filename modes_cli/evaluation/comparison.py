@@ -5,7 +5,7 @@ search chose a policy, its result stands for that policy. All answer the same sa
 between policies are paired.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,11 +17,13 @@ from modes_cli.evaluation import bootstrap
 from modes_cli.evaluation.artifact import retained
 from modes_cli.evaluation.subject import Searched
 from modes_cli.models.groups import GROUPS
+from modes_cli.models.loading import Loaded
 from modes_cli.progress import Progress
 from modes_cli.runtime.torch_model import TorchRuntime
 from modes_cli.search import alternatives
 from modes_cli.search.calibrated import recalled
 from modes_cli.search.candidates import ScoreCounts
+from modes_cli.search.memory import Memory
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import from_result, policy, policy_names
@@ -72,8 +74,11 @@ def named(policies: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def contest(searched: Searched, names: Sequence[str], progress: Progress) -> Iterator[Contest]:
+def contest(
+    searched: Searched, names: Sequence[str], progress: Progress, memory: Callable[[Loaded], Memory] | None = None
+) -> Iterator[Contest]:
     """Find every policy's thresholds for the targets of `searched`. The model is loaded for as long as the block lasts.
+    `memory`: of passes over the calibration set that were made on this model.
 
     Raises:
         StaleArtifact, BadArtifact: the calibration is not of this model, or has not what a policy needs.
@@ -81,7 +86,7 @@ def contest(searched: Searched, names: Sequence[str], progress: Progress) -> Ite
     passes = searched.thresholds.options.get("passes")
     if type(passes) is not int:
         raise BadArtifact(Thresholds.FILE, "field `options.passes`", f"is `{passes!r}`, should be a number of passes")
-    with recalled(searched.run, searched.calibration, searched.spec) as calibrated:
+    with recalled(searched.run, searched.calibration, searched.spec, memory=memory) as calibrated:
         measured = Measured(searched.calibration, searched.run)
         scores = ScoreCounts(calibrated.counts, calibrated.objective)
         contenders: list[Contender] = []

@@ -12,7 +12,9 @@ from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadOption
+from modes_cli.models.checkpoint import checkpoint_folder
 from modes_cli.models.groups import SKIPPABLE
+from modes_cli.models.loading import pick_device
 from modes_cli.requests import EvaluateRequest, ModelSpec
 from modes_cli.run_folder import RunFolder, read_json
 from modes_cli.runtime.answers import Answers
@@ -37,7 +39,7 @@ class Searched:
 @dataclass(frozen=True)
 class Subject:
     """`thresholds`: SHA-256 of thresholds.json or bundle.json. `calibrated_on`: digests of the calibration's samples; None: not
-    known. `searched`: None for a bundle.
+    known. `place`: the model's folder, and where it computes. `searched`: None for a bundle.
     """
 
     runtime: Literal["torch", "ort"]
@@ -49,6 +51,7 @@ class Subject:
     text_only: bool
     calibrated_on: Sequence[str] | None
     open: Callable[[], Answer]
+    place: Callable[[], tuple[Path, str]]
     searched: Searched | None = None
 
     def options(self, **more: str | int | float | bool | None) -> dict[str, str | int | float | bool | None]:
@@ -95,6 +98,7 @@ def _run(request: EvaluateRequest, run: RunFolder) -> Subject:
         spec.text_only,
         calibration.sample_digests,
         open_it,
+        lambda: (checkpoint_folder(spec), str(pick_device(request.device))),
         Searched(run, spec, calibration, thresholds, [result] if named else every),
     )
 
@@ -123,7 +127,8 @@ def _bundle(request: EvaluateRequest, run: RunFolder, folder: Path) -> Subject:
 
     digest = files.sha256(folder / BUNDLE_FILE)
     at, calibrated_on = (point.target, point.decode_target), _calibrated_on(run, bundle)
-    return Subject("ort", bundle.model, bundle.policy, *at, digest, False, calibrated_on, open_it)
+    place = folder, "cuda" if request.device == "cuda" else "cpu"  # as `providers_for`
+    return Subject("ort", bundle.model, bundle.policy, *at, digest, False, calibrated_on, open_it, lambda: place)
 
 
 class Point(NamedTuple):

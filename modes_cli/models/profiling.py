@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modes_cli import files
 from modes_cli.artifacts import Profile
 from modes_cli.artifacts.profile import LayerProfile
 from modes_cli.data import batches, open_source
+from modes_cli.fingerprint import fingerprint
+from modes_cli.locks import one_writer
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.groups import GROUPS, SKIPPABLE
 from modes_cli.models.identity import identity
@@ -19,18 +22,28 @@ from modes_cli.requests import Outcome, ProfileRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.routing import Routing
+from modes_cli.unfinished import State, Unfinished, file_name
+
+UNFINISHED = file_name(Profile.FILE)
 
 
 def profile_model(request: ProfileRequest) -> Outcome[Profile]:
     """Find the MoE layers and measure them; writes profile.json.
 
-    Its `seconds` are measured times, so two runs do not give the same bytes; everything else does.
+    Its `seconds` are measured times, so two runs do not give the same bytes; everything else does. Of a profile that was
+    stopped and continued they are those of all its batches, each measured when it ran.
 
     Raises:
         BadModel, UnknownLayout: nothing that can be skipped was found.
         StaleArtifact: the run folder holds a profile made from something else.
+        RunLocked: another command writes there.
     """
     run = RunFolder(request.run)
+    with one_writer(run.path, "profile"):
+        return _profile(request, run)
+
+
+def _profile(request: ProfileRequest, run: RunFolder) -> Outcome[Profile]:
     source = open_source(request.data, text_only=request.model.text_only, progress=request.progress)
     options: dict[str, str | int | float | bool | None] = {
         "batch_size": request.batch_size,
@@ -41,13 +54,20 @@ def profile_model(request: ProfileRequest) -> Outcome[Profile]:
     if not request.fresh:
         kept = run.read_if_same(Profile, expected.flat, renew=expected.renew("profile", run))
         if kept is not None:
+            files.remove(run.file(UNFINISHED))
             return Outcome(kept, run.file(Profile.FILE), reused=True)
     loaded = load(request.model)
     observer = _Observer(loaded)
+    unfinished = Unfinished(run.file(UNFINISHED), fingerprint(expected.flat, loaded.path, loaded.device), request.progress)
+    before = None if request.fresh else unfinished.restore()
+    done = 0 if before is None else observer.resume(before)
     request.progress.start("profile", len(source))
     try:
-        for samples in batches(source, request.batch_size):
-            observer.see(measuring_batch(loaded, samples))
+        for number, samples in enumerate(batches(source, request.batch_size)):
+            if number >= done:
+                observer.see(measuring_batch(loaded, samples))
+                if unfinished.due:
+                    unfinished.save(observer.state(number + 1))
             request.progress.advance(len(samples))
     finally:
         observer.remove()
@@ -68,7 +88,9 @@ def profile_model(request: ProfileRequest) -> Outcome[Profile]:
         layers=[observer.layer(block) for block in loaded.blocks],
         tokens=observer.tokens(),
     )
-    return Outcome(artifact, run.write(artifact))
+    path = run.write(artifact)
+    unfinished.remove()
+    return Outcome(artifact, path)
 
 
 class _Observer:
@@ -86,6 +108,19 @@ class _Observer:
         self._update: Tensor | None = None
         self._started = 0.0
         self._handles = [handle for block in loaded.blocks for handle in self._hook(block)]
+
+    def state(self, done: int) -> State:
+        """All sums after so many batches."""
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        sums = {"usage": self.usage, "angle": self.angle, "top": self.top, "count": self.count, "seconds": seconds}
+        return State(done, sums)
+
+    def resume(self, before: State) -> int:
+        """Go on from what `state` gave; how many batches were done."""
+        sums = before.tensors
+        self.usage, self.angle, self.top, self.count = sums["usage"], sums["angle"], sums["top"], sums["count"]
+        self.seconds = sums["seconds"].tolist()
+        return before.done
 
     def remove(self) -> None:
         for handle in self._handles:

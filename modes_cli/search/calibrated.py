@@ -1,6 +1,6 @@
 """A calibrated model, ready to be measured again on its own calibration set."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,10 +20,11 @@ from modes_cli.errors import BadArtifact
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.identity import data_info
 from modes_cli.models.inputs import Batch, measuring_batch
-from modes_cli.models.loading import describe, load, versions
+from modes_cli.models.loading import Loaded, describe, load, versions
 from modes_cli.models.quantization import SCHEMES
 from modes_cli.requests import ModelSpec
 from modes_cli.run_folder import RunFolder
+from modes_cli.search.memory import Memory
 from modes_cli.search.objective import Objective, size_of
 from modes_cli.skipping.engine import SkipEngine
 
@@ -76,9 +77,15 @@ def quantization(calibration: Calibration) -> str | None:
 
 
 @contextmanager
-def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec, ranks: Ranks = ALONE) -> Iterator[Calibrated]:
+def recalled(
+    run: RunFolder,
+    calibration: Calibration,
+    spec: ModelSpec,
+    ranks: Ranks = ALONE,
+    memory: Callable[[Loaded], Memory] | None = None,
+) -> Iterator[Calibrated]:
     """Load model, samples, score histogram and reference distributions of a calibration. Of several processes, each
-    prepares the samples that it measures.
+    prepares the samples that it measures. `memory`: of passes that were made on this model.
 
     Raises:
         StaleArtifact: model, versions or samples are no longer what was calibrated.
@@ -110,7 +117,8 @@ def recalled(run: RunFolder, calibration: Calibration, spec: ModelSpec, ranks: R
         raise BadArtifact(where, "tensor `reference_log_probabilities`", f"is {tuple(reference.shape)}, should be {wanted}")
     engine = SkipEngine(loaded.model, loaded.blocks, loaded.tokens)
     try:
-        yield Calibrated(Objective(loaded, engine, prepared, reference, sizes, ranks), counts)
+        known = None if memory is None else memory(loaded)
+        yield Calibrated(Objective(loaded, engine, prepared, reference, sizes, ranks, known), counts)
     finally:
         engine.remove()
 

@@ -1,5 +1,6 @@
 """From a calibration to thresholds.json."""
 
+import contextlib
 import math
 
 from modes_cli import files
@@ -8,21 +9,26 @@ from modes_cli.artifacts.base import flatten
 from modes_cli.artifacts.thresholds import Alternative, DistinctExperts, FrontierEntry, FrontierPoint, SearchResult
 from modes_cli.distributed import Ranks, joined
 from modes_cli.errors import BadOption, UnreachableTarget
+from modes_cli.fingerprint import fingerprint
+from modes_cli.locks import one_writer
 from modes_cli.models.groups import DECODE
-from modes_cli.models.loading import versions
+from modes_cli.models.loading import Loaded, versions
 from modes_cli.requests import Outcome, SearchRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.search.auto import Choice, choose
 from modes_cli.search.calibrated import Calibrated, model_spec, recalled, require_current
 from modes_cli.search.candidates import PAPER, ScoreCounts, candidate, candidates
 from modes_cli.search.distinct import DecodeRouting
+from modes_cli.search.memory import Memory
 from modes_cli.search.objective import Point
 from modes_cli.search.pricing import price_list
 from modes_cli.search.problem import Candidate, Target
 from modes_cli.search.strategies import STRATEGIES
 from modes_cli.skipping.measured import Measured
 from modes_cli.skipping.registry import policy
+from modes_cli.unfinished import Unfinished, file_name
 
+UNFINISHED = file_name(Thresholds.FILE)
 PRICED = 2  # policies in the price list, beside the paper's
 
 Key = tuple[float, float | None]
@@ -31,22 +37,24 @@ Key = tuple[float, float | None]
 def find_thresholds(request: SearchRequest) -> Outcome[Thresholds]:
     """Thresholds for each target, confirmed by measured passes, and the price list, written to thresholds.json.
 
-    Targets that an earlier search with the same options found are kept. Several processes measure each a share of the
+    Targets that an earlier search with the same options found are kept, and so are the passes of one that was stopped. Several
+    processes measure each a share of the
     calibration set and decide the same; the first one writes.
 
     Raises:
         BadOption: a target outside 0..1, an unknown policy or strategy.
         UnreachableTarget: special tokens are never skipped, so not every target can be met.
         MissingArtifact, StaleArtifact, BadArtifact: the calibration is not there, or not of this model.
+        RunLocked: another command writes in the run folder.
     """
-    with joined() as ranks:
-        return _find(request, ranks)
+    run = RunFolder(request.run)
+    with joined() as ranks, one_writer(run.path, "search") if ranks.first else contextlib.nullcontext():
+        return _find(request, run, ranks)
 
 
-def _find(request: SearchRequest, ranks: Ranks) -> Outcome[Thresholds]:
+def _find(request: SearchRequest, run: RunFolder, ranks: Ranks) -> Outcome[Thresholds]:
     wanted = _checked(request)
     ranks.require_one_device_each(request.device_map)
-    run = RunFolder(request.run)
     calibration = run.read(Calibration)
     digest = files.sha256(run.file(Calibration.FILE))
     options: dict[str, str | int | float | bool | None] = {
@@ -70,7 +78,14 @@ def _find(request: SearchRequest, ranks: Ranks) -> Outcome[Thresholds]:
     missing = [key for key in wanted if key not in results]
     if earlier is not None and not missing and bool(earlier.frontier) == request.frontier:
         require_current(run, calibration, spec)
+        if ranks.first:
+            files.remove(run.file(UNFINISHED))
         return Outcome(earlier, run.file(Thresholds.FILE), reused=True)
+
+    def memory(loaded: Loaded) -> Memory:
+        flat = flatten(calibration.model, calibration.data, versions(), options) | {"calibration": digest}
+        made_from = fingerprint(flat, loaded.path, loaded.device) if ranks.first else {}
+        return Memory(Unfinished(run.file(UNFINISHED), made_from, request.progress), ranks, fresh=request.fresh)
 
     def artifact(frontier: list[FrontierEntry], passes: float) -> Thresholds:
         ordered = sorted(results, key=lambda key: (key[0], -1.0 if key[1] is None else key[1]))
@@ -87,7 +102,7 @@ def _find(request: SearchRequest, ranks: Ranks) -> Outcome[Thresholds]:
             grid=request.grid,
         )
 
-    with recalled(run, calibration, spec, ranks) as calibrated:
+    with recalled(run, calibration, spec, ranks, memory) as calibrated:
         search = _Search(request, calibration, Measured(calibration, run), calibrated)
         search.require_reachable(missing)
         request.progress.start("search", len(missing) + request.frontier)
@@ -100,6 +115,7 @@ def _find(request: SearchRequest, ranks: Ranks) -> Outcome[Thresholds]:
         made = artifact(priced, passes)
         if ranks.first:
             run.write(made)
+            files.remove(run.file(UNFINISHED))
         request.progress.advance()
     return Outcome(made, run.file(Thresholds.FILE))
 

@@ -1,7 +1,8 @@
 """f and g by measurement: one pass over the calibration set with a rule in force."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from modes_cli.distributed import ALONE, Ranks
 from modes_cli.models.groups import DECODE
 from modes_cli.models.inputs import Batch
 from modes_cli.models.loading import Loaded
+from modes_cli.search.memory import Memory, pass_name
 from modes_cli.search.scoring import Listener, Scores
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule
@@ -45,6 +47,10 @@ class Point:
         text, vision = self.rule.tau[:2].tolist()
         return text, vision, float(self.rule.tau[DECODE])
 
+    def found(self) -> dict[str, Any]:
+        """All but the rule, as JSON has it."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "rule"}
+
 
 class Objective:
     """Measures rules on a calibration set. `passes` counts what that has cost, in passes over the whole set.
@@ -55,6 +61,7 @@ class Objective:
         batches: None in the place of those that another process measures.
         reference: (answer tokens, V) log-probabilities of the unmodified model, batch after batch.
         sizes: samples and answer tokens of each batch; left out where all batches are here.
+        memory: what passes found that an earlier process made.
     """
 
     def __init__(
@@ -65,7 +72,9 @@ class Objective:
         reference: Tensor,
         sizes: Sequence[tuple[int, int]] | None = None,
         ranks: Ranks = ALONE,
+        memory: Memory | None = None,
     ) -> None:
+        self._memory = memory or Memory(ranks=ranks)
         self.loaded, self.engine = loaded, engine
         self._batches, self._ranks = batches, ranks
         sizes = sizes or [size_of(batch) for batch in batches if batch is not None]
@@ -95,14 +104,29 @@ class Objective:
         count = self._count(share)
         key = (*rule.key, count)
         if key not in self._seen:
-            sums = torch.zeros(count, 2, 2, dtype=torch.float64)  # by batch, half of the samples: KL, answer tokens
-            with self.engine.using(rule=rule) as counts:
-                for number, batch in enumerate(self._batches[:count]):
-                    if batch is not None:
-                        sums[number] = self._damage(number, batch)
-                self._seen[key] = self._point(rule, sums, counts, self.part(share))
+            name = pass_name("point", rule, count)
+            if (known := self._memory.point(name)) is not None:
+                self._seen[key] = Point(rule, **known)
+            else:
+                self._seen[key] = self._pass(name, rule, count, share)
+                self._memory.keep_point(name, self._seen[key].found())
             self.passes += self.part(share)
         return self._seen[key]
+
+    def _pass(self, name: str, rule: Rule, count: int, share: float) -> Point:
+        done, before = self._memory.half(name)
+        sums = torch.zeros(count, 2, 2, dtype=torch.float64)  # by batch, half of the samples: KL, answer tokens
+        with self.engine.using(rule=rule) as counts:
+            if done:
+                sums.copy_(before["sums"])
+                counts.kept, counts.total = before["pairs"]
+            for number, batch in enumerate(self._batches[:count]):
+                if batch is not None and number >= done:
+                    sums[number] = self._damage(number, batch)
+                    if self._memory.due:
+                        pairs = torch.stack([counts.kept, counts.total])
+                        self._memory.keep_half(name, number + 1, {"sums": sums, "pairs": pairs})
+            return self._point(rule, sums, counts, self.part(share))
 
     def _damage(self, number: int, batch: Batch) -> Tensor:
         """(halves, 2): sum of KL and number of answer tokens, of every other sample and of the rest."""
@@ -130,21 +154,40 @@ class Objective:
         )  # fmt: skip
 
     @torch.no_grad()
-    def listen(self, listener: Listener, rule: Rule, share: float = 1.0) -> None:
-        """Show a listener the routing of a pass with `rule` in force. Costs what measuring would."""
+    def listen(self, listener: Listener, rule: Rule, share: float = 1.0, *, again: bool = False) -> None:
+        """Show a listener the routing of a pass with `rule` in force. Costs what measuring would.
+
+        Args:
+            again: whether a search that is continued will ask for the same once more.
+        """
+        count = self._count(share)
+        name = pass_name(type(listener).__name__, rule, count)
+        if (known := self._memory.heard(name)) is not None:
+            listener.take([known])
+        else:
+            self._hear(name, listener, rule, count)
+            if again:
+                self._memory.keep_heard(name, listener.state())
+        self.passes += self.part(share)
+
+    def _hear(self, name: str, listener: Listener, rule: Rule, count: int) -> None:
+        done, before = self._memory.half(name)
+        if done:
+            listener.take([before])
         with self.engine.using(rule=rule, watch=listener.hear):
-            for batch in self._batches[: self._count(share)]:
-                if batch is not None:
+            for number, batch in enumerate(self._batches[:count]):
+                if batch is not None and number >= done:
                     placed = batch.to(self.loaded.device)
                     with self.engine.answers_at(placed.decoding):
                         answer_logits(self.loaded.model, placed)
+                    if self._memory.due:
+                        self._memory.keep_half(name, number + 1, listener.state())
         listener.take([{**one} for one in self._ranks.share(listener.state())])
-        self.passes += self.part(share)
 
     def histogram(self, rule: Rule) -> Tensor:
         """(layers, groups, bins) int64 of what `rule` multiplies its scale with, from one pass that skips nothing."""
         scores = Scores(rule, ScoreHistogram(len(self.engine.blocks)))
-        self.listen(scores, rule.with_tau({}))
+        self.listen(scores, rule.with_tau({}), again=True)
         return scores.histogram.counts
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from modes_cli.calibration import calibrate, unfinished
+from modes_cli import unfinished
+from modes_cli.calibration import calibrate
 from modes_cli.data.sample import DataSpec
 from modes_cli.requests import CalibrateRequest, ModelSpec
 
@@ -19,10 +20,13 @@ class StopAfter:
     """Progress that ends the run after so many batches."""
 
     def __init__(self, batches: int) -> None:
-        self.left, self.seen = batches, 0
+        self.left, self.seen, self.notes = batches, 0, list[str]()
 
     def start(self, label: str, total: int) -> None:
         pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def advance(self, pieces: int = 1) -> None:
         self.seen += 1
@@ -44,7 +48,7 @@ def _save_every_batch(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None
 def stop_after_two(checkpoint: Path, run: Path) -> None:
     with pytest.raises(Stopped):
         calibrate(request(checkpoint, run, StopAfter(2)))
-    assert (run / unfinished.FILE).exists()
+    assert (run / "calibration.unfinished.safetensors").exists()
     assert not (run / "calibration.json").exists()
 
 
@@ -65,7 +69,7 @@ def test_a_stopped_calibration_continues_and_gives_the_same_bytes(
     assert len(recorded) == 1  # of three batches, two were done
     for name in ("calibration.json", "calibration.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    assert not (parts / unfinished.FILE).exists()
+    assert not (parts / "calibration.unfinished.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", ["seed", "fresh", "damaged"])
@@ -75,7 +79,7 @@ def test_progress_of_something_else_is_not_used(tiny_checkpoint: Path, tmp_path:
     calibrate(request(tiny_checkpoint, whole, StopAfter(99), seed=seed))
     stop_after_two(tiny_checkpoint, parts)
     if change == "damaged":
-        file = parts / unfinished.FILE
+        file = parts / "calibration.unfinished.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
 
     calibrate(request(tiny_checkpoint, parts, StopAfter(99), seed=seed, fresh=change == "fresh"))

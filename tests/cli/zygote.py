@@ -81,8 +81,7 @@ def die_at(step: int) -> None:
 
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
-    from modes_cli import files
-    from modes_cli.calibration import unfinished
+    from modes_cli import files, unfinished
 
     files._rename_folder = counted(files._rename_folder)
     unfinished.INTERVAL = 0.0  # progress is saved after every batch

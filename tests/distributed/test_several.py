@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from modes_cli.calibration import unfinished
 from tests.distributed.conftest import calibrate, search
 from tests.distributed.world import Change, Process, World
 from tests.runs import content
@@ -67,7 +66,7 @@ def test_killed_and_continued_as_another_number(world: World, alone: Path, tiny_
     assert [process.code for process in ended] == [1, -9, 1]
     assert "error: process `0` of 3 has lost another one" in ended[0].err
     assert "the same command continues" in ended[0].err
-    assert (run / unfinished.FILE).exists()
+    assert (run / "calibration.unfinished.safetensors").exists()
     assert not (run / "calibration.json").exists()
 
     ended = world.run(2, *arguments, changes={1: Change(kill_at=1)})

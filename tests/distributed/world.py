@@ -164,8 +164,8 @@ def alter(
     more: Sequence[str] = (),
 ) -> None:
     """Save progress after every batch, count measured batches, and do what a Change asks for."""
+    from modes_cli import unfinished
     from modes_cli.artifacts import Calibration
-    from modes_cli.calibration import unfinished
     from modes_cli.calibration.replay import Replay
     from modes_cli.errors import BadData, WriteFailed
     from modes_cli.run_folder import RunFolder
