@@ -69,24 +69,36 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a fresh folder beside `path`, then give it the name `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def replace_folder(
+    path: Path, fill: Callable[[Path], None], *, begun: Path | None = None, ready: Callable[[], None] | None = None
+) -> None:
+    """Let `fill` write into a fresh folder beside `path`, then give it the name `path`.
+
+    Args:
+        begun: the folder to fill, beside `path`; it may hold something already, and stays when `fill` fails.
+        ready: called when everything is on the disk, just before it gets its name.
+    """
+    temporary = begun or path.with_name(f".{path.name}.{os.getpid()}.part")
     with failing_clearly(path):
         remove_leftovers(path)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if begun is None:
+                shutil.rmtree(temporary, ignore_errors=True)
             _make_folder(temporary)
             fill(temporary)
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
+                    sync_file(file)
+            if ready is not None:
+                ready()
             sync_folder(temporary)
             _rename_folder(temporary, path)
             sync_folder(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # what was replaced, if anything
+        except BaseException:
+            if begun is None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)  # what was replaced, if anything
 
 
 def _make_folder(folder: Path) -> None:
@@ -107,7 +119,8 @@ def _rename_folder(new: Path, path: Path) -> None:
         exchange = None
     if exchange is not None and exchange(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(path), _EXCHANGE) == 0:
         return
-    old = new.with_suffix(".old")  # a file system that cannot exchange: for a moment there is no `path`
+    # A file system that cannot exchange: for a moment there is no `path`.
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     os.rename(path, old)
     os.rename(new, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -138,6 +151,12 @@ def _runs(process: int) -> bool:
     except OSError:  # it runs and is somebody else's
         return True
     return True
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:

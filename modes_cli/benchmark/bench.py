@@ -19,6 +19,7 @@ from modes_cli.data import open_source
 from modes_cli.data.sample import Sample, SampleSource
 from modes_cli.errors import BadOption, MissingArtifact
 from modes_cli.evaluation.subject import point_of
+from modes_cli.locks import one_writer
 from modes_cli.models.identity import data_info
 from modes_cli.models.loading import versions
 from modes_cli.requests import BenchRequest, ModelSpec, Outcome
@@ -39,10 +40,14 @@ def bench(request: BenchRequest) -> Outcome[Bench]:
         MissingArtifact: no calibration or no bundle in the run folder.
         UnknownLayout: stock operators cannot express the bundle's model, or compute something else.
         BadOption: the bundle has no point for the target, or stock operators are asked for on a GPU.
+        RunLocked: another command writes in the run folder.
     """
-    if request.shape is not None:
-        return bench_decoder(request, request.shape)
     run = RunFolder(request.run)
+    with one_writer(run.path, "bench"):
+        return _bench(request, run) if request.shape is None else bench_decoder(request, request.shape)
+
+
+def _bench(request: BenchRequest, run: RunFolder) -> Outcome[Bench]:
     folder = request.bundle or run.file("bundle")
     if not (folder / BUNDLE_FILE).is_file():
         raise MissingArtifact(str(folder / BUNDLE_FILE), f"modes export{run.option}")

@@ -40,12 +40,15 @@ def demo(
 ) -> None:
     """Run every step on the built-in model, and show what skipping costs and saves."""
     with console.session(json=json, quiet=quiet, debug=debug) as out:
-        bundle, evaluation = _steps(out, run, fresh, samples)
-        generated, asked = _ask(bundle, run)
-        out.step(f"generate    {asked.question} -> {generated.text} (right: {asked.answer})")
+        from modes_cli.locks import one_writer
         from modes_cli.report import write_report
+        from modes_cli.run_folder import RunFolder
 
-        report = write_report(run)
+        with one_writer(RunFolder(run).path, "demo"):
+            bundle, evaluation = _steps(out, run, fresh, samples)
+            generated, asked = _ask(bundle, run)
+            out.step(f"generate    {asked.question} -> {generated.text} (right: {asked.answer})")
+            report = write_report(run)
         out.step(f"report      {report}")
         out.show(result(evaluation, bundle, report), *tables(evaluation, bundle, report), artifact=report)
 

@@ -1,8 +1,10 @@
 """`modes export`: thresholds and a checkpoint become a folder that runs. No weights are ever in memory."""
 
+import contextlib
+import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from modes_cli import files
 from modes_cli.artifacts import Bundle, Thresholds
 from modes_cli.artifacts import bundle as artifact
+from modes_cli.artifacts.base import flatten
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption, KernelError, ModesError, WriteFailed
@@ -34,7 +37,10 @@ from modes_cli.export.integrity import (
 from modes_cli.export.linking import link
 from modes_cli.export.plan import Plan, make_plan, require_exportable
 from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
+from modes_cli.export.unfinished import LIST, UnfinishedBundle, discard, folder_of
 from modes_cli.export.vision import export_vision
+from modes_cli.fingerprint import fingerprint
+from modes_cli.locks import one_writer, replacing_folder
 from modes_cli.models.groups import GROUPS
 from modes_cli.models.loading import versions
 from modes_cli.requests import Exported, ExportRequest, ModelSpec
@@ -50,15 +56,23 @@ SLACK = 64 << 20  # bytes for graphs, library and tokenizer
 
 def export_bundle(request: ExportRequest) -> Exported:
     """Write the bundle of a run's search result. Either the whole bundle stands under its name afterwards, or what was there.
+    Weights and graphs that an export which was stopped had finished are not written again.
 
     Raises:
         MissingArtifact, StaleArtifact: calibrate or search has to run first, or again.
         UnknownLayout: this checkpoint's tensors, or this family's graphs, are not understood.
         BadOption: no such target; a policy that no graph can have; `output` is a folder with other things in it.
         WriteFailed: not enough space.
+        RunLocked: another command writes in the run folder, or the same bundle.
     """
     run = RunFolder(request.run)
     output = request.output or run.path / "bundle"
+    inside = Path(os.path.realpath(run.path)) in Path(os.path.realpath(output)).parents
+    with one_writer(run.path, "export") if inside else contextlib.nullcontext(), replacing_folder(output, "export"):
+        return _export(request, run, output)
+
+
+def _export(request: ExportRequest, run: RunFolder, output: Path) -> Exported:
     thresholds, calibration = found_in(run)
     result = select(thresholds, request.target, request.decode_target)
     require_exportable(result, onnx=request.format == "onnx")
@@ -67,12 +81,27 @@ def export_bundle(request: ExportRequest) -> Exported:
     _require_calibrated(request.quantize, spec, run)
     rule = from_result(result, Measured(calibration, run))
     if not request.fresh and (same := _same(output, thresholds, result, rule, request.format, spec.quantize)) is not None:
+        discard(folder_of(output))
         return Exported(same, output, peak_rss(), _notes(same))
     require_current(run, calibration, spec)
     plan = make_plan(spec, thresholds, result, rule, onnx=request.format == "onnx")
-    _require_space(output, plan.targets)
+    unfinished = UnfinishedBundle(output, _made_from(run, plan, request), request.progress)
+    with files.failing_clearly(output):
+        if request.fresh:
+            discard(unfinished.folder)
+        unfinished.restore()
+    _require_space(output, plan.targets, unfinished.bytes)
     notes: list[str] = []
-    files.replace_folder(output, lambda folder: notes.extend(_fill(folder, plan, request)))
+    try:
+        files.replace_folder(
+            output,
+            lambda folder: notes.extend(_fill(folder, plan, request, unfinished)),
+            begun=unfinished.folder,
+            ready=unfinished.close,
+        )
+    except BaseException:
+        unfinished.stopped()
+        raise
     return Exported(read_bundle(output), output, peak_rss(), tuple(notes))
 
 
@@ -134,11 +163,23 @@ def _same(
     return there if stored.key == rule.key else None
 
 
-def _require_space(output: Path, targets: list[weights.Target]) -> None:
+def _made_from(run: RunFolder, plan: Plan, request: ExportRequest) -> dict[str, object]:
+    """All that the bytes of a bundle depend on."""
+    options = {
+        "thresholds": files.sha256(run.file(Thresholds.FILE)),
+        "target": plan.result.target,
+        "decode_target": plan.result.decode_target,
+        "format": request.format,
+        "quantize": None if plan.scheme is None else plan.scheme.name,
+    }
+    return fingerprint(flatten(plan.info, plan.thresholds.data, versions(), options), plan.folder)
+
+
+def _require_space(output: Path, targets: list[weights.Target], there: int) -> None:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    needed, free = weights.stored_bytes(targets) + SLACK, shutil.disk_usage(parent).free
+    needed, free = max(0, weights.stored_bytes(targets) - there) + SLACK, shutil.disk_usage(parent).free
     if needed > free:
         raise WriteFailed(
             f"`{output}` needs `{needed}` bytes, `{free}` are free", hint="free some space, or choose another `--output`"
@@ -151,18 +192,25 @@ def _notes(there: Bundle) -> tuple[str, ...]:
     return () if runs else (genai.obstacle(there.family),)
 
 
-def _fill(folder: Path, plan: Plan, request: ExportRequest) -> list[str]:
-    """Write everything; what people should be told."""
+def _fill(folder: Path, plan: Plan, request: ExportRequest, unfinished: UnfinishedBundle) -> list[str]:
+    """Write everything that is not there yet; what people should be told."""
+    kept = dict(unfinished.files)
     notes: list[str] = []
     onnx, advance = request.format == "onnx", request.progress.advance
-    graphs = 3 + _has_half(plan) if onnx else 0
-    request.progress.start("weights and graphs" if onnx else "weights", len(plan.targets) + graphs)
-    with beside(lambda check: weights.write_weights(folder, plan.targets, advance, check)) as written:
+    graphs = _graphs(plan) if onnx else {}
+    request.progress.start("weights and graphs" if onnx else "weights", len(plan.targets) + len(graphs))
+
+    def write(check: Callable[[], None]) -> list[BundleFile]:
+        return weights.write_weights(folder, plan.targets, advance, check, kept=kept, finished=unfinished.finished)
+
+    with beside(write) as written:
         copy_settings(folder, plan)
         (folder / THRESHOLDS).write_bytes(thresholds_bytes(plan))
         if onnx:
-            for name, graph in _graphs(plan):
-                _save(graph, folder / name, plan)
+            for name, export in graphs.items():
+                if name not in kept:
+                    _save(export(), folder / name, plan)
+                    unfinished.finished(_listed(folder / name))
                 advance()
                 raise_failure(written)
             for name, library in _libraries().items():
@@ -172,11 +220,15 @@ def _fill(folder: Path, plan: Plan, request: ExportRequest) -> list[str]:
     if onnx and (note := genai.write(folder, plan, bundle)):
         notes.append(note)
     for path in sorted(folder.iterdir()):
-        if path.name not in digests:
-            digests[path.name] = BundleFile(path=path.name, bytes=path.stat().st_size, sha256=files.sha256(path))
+        if path.name not in digests and path.name != LIST:
+            digests[path.name] = _listed(path)
     bundle = bundle.model_copy(update={"files": [digests[name] for name in sorted(digests)]})
     (folder / artifact.FILE).write_text(files.canonical_json(bundle.model_dump(mode="json")), "utf-8")
     return notes
+
+
+def _listed(path: Path) -> BundleFile:
+    return BundleFile(path=path.name, bytes=path.stat().st_size, sha256=files.sha256(path))
 
 
 def _libraries() -> dict[str, Path]:
@@ -199,19 +251,24 @@ def _grouped(text: Any) -> bool:
     return grouped.fits(text, cache_shape(text))
 
 
-def _graphs(plan: Plan) -> Iterator[tuple[str, ir.Model]]:
+def _graphs(plan: Plan) -> Mapping[str, Callable[[], ir.Model]]:
+    """What makes each graph, by file name, in the order in which they are made."""
     assert plan.family is not None
     family, text = plan.family, plan.config.get_text_config()
     deepstack = family.deepstack(plan.config)
     spec = DecoderSpec(text, deepstack, plan.blocks, plan.tokens, plan.rule)
-    yield "embedding.onnx", export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack)
-    yield "vision.onnx", export_vision(plan.model, plan.mode, family, plan.config)
-    yield "decoder.onnx", export_decoder(plan.model, plan.mode, family, spec)
-    if _has_half(plan):
+
+    def half_decoder() -> ir.Model:
         half = getattr(torch, plan.info.dtype)
         skeleton.narrow(plan.model, plan.mode, half)  # the last that is traced of it
-        spec = replace(spec, dtype=half, grouped=_grouped(text))
-        yield HALF_DECODER, export_decoder(plan.model, plan.mode, family, spec)
+        return export_decoder(plan.model, plan.mode, family, replace(spec, dtype=half, grouped=_grouped(text)))
+
+    made: dict[str, Callable[[], ir.Model]] = {
+        "embedding.onnx": lambda: export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack),
+        "vision.onnx": lambda: export_vision(plan.model, plan.mode, family, plan.config),
+        "decoder.onnx": lambda: export_decoder(plan.model, plan.mode, family, spec),
+    }
+    return made | ({HALF_DECODER: half_decoder} if _has_half(plan) else {})
 
 
 def _save(model: ir.Model, path: Path, plan: Plan) -> None:

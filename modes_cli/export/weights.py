@@ -262,20 +262,36 @@ def places(folder: Path, targets: list[Target], limit: int = SHARD_BYTES) -> dic
 
 
 def write_weights(
-    folder: Path, targets: list[Target], advance: Check = _nothing, check: Check = _nothing, limit: int = SHARD_BYTES
+    folder: Path,
+    targets: list[Target],
+    advance: Check = _nothing,
+    check: Check = _nothing,
+    limit: int = SHARD_BYTES,
+    kept: Mapping[str, BundleFile] | None = None,
+    finished: Callable[[BundleFile], None] | None = None,
 ) -> list[BundleFile]:
     """Write all shards and their index into `folder`; digests are taken on the way.
 
     Args:
         advance: called after each tensor.
         check: called before each piece; what it raises ends the writing.
+        kept: shards that are there already, by name.
+        finished: called after each shard.
 
     Raises:
         BadArtifact: a source file became shorter while it was read.
         OSError: no space, no permission.
     """
-    written, weight_map = [], {}
+    written: list[BundleFile] = []
+    weight_map: dict[str, str] = {}
     for name, head, group in _files(targets, limit):
+        weight_map |= {target.name: name for target in group}
+        if kept is not None and name in kept:
+            check()
+            written.append(kept[name])
+            for _ in group:
+                advance()
+            continue
         digest, size = hashlib.sha256(), 0
         with (folder / name).open("wb") as file:
             file.write(head)
@@ -292,10 +308,11 @@ def write_weights(
                         file.write(piece)
                         digest.update(piece)
                     size += len(piece)
-                weight_map[target.name] = name
                 advance()
             file.truncate(size)  # it may end with a hole
         written.append(BundleFile(path=name, bytes=size, sha256=digest.hexdigest()))
+        if finished is not None:
+            finished(written[-1])
     index = {
         "metadata": {"total_size": sum(target.bytes for target in targets)},
         "weight_map": dict(sorted(weight_map.items())),

@@ -9,6 +9,7 @@ from modes_cli import files
 from modes_cli.artifacts import Artifact, Bench, Bundle, Calibration, Evaluation, Profile, Thresholds
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import MissingArtifact
+from modes_cli.locks import one_writer
 from modes_cli.report import layers, price, quality, speed
 from modes_cli.report.parts import Section, Styles, Table, group_name, share, target_name
 from modes_cli.run_folder import RunFolder, read_json
@@ -33,11 +34,12 @@ def write_report(run: Path | None = None) -> Path:
     Raises:
         MissingArtifact: there is nothing in the run folder to report on.
         BadArtifact: one of its files does not hold what it must.
+        RunLocked: another command writes in the run folder.
     """
     folder = RunFolder(run)
-    page = render(folder)
     path = folder.file(REPORT)
-    files.write_bytes(path, page.encode())
+    with one_writer(folder.path, "report"):
+        files.write_bytes(path, render(folder).encode())
     return path
 
 

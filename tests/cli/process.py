@@ -121,6 +121,7 @@ class Commands:
         file_bytes: int | None = None,
         more_memory: int | None = None,
         die_at: int | None = None,
+        interval: float | None = None,
         **environment: str,
     ) -> Running:
         """Start a command.
@@ -130,6 +131,7 @@ class Commands:
             file_bytes: no file may become larger.
             more_memory: how many bytes more than now the process may map.
             die_at: SIGKILL before the file operation of this number.
+            interval: seconds between saves of what is unfinished; 0 saves after every batch.
         """
         kept = self._folder / "out", self._folder / "err"
         kept[0].write_bytes(b"")
@@ -142,6 +144,7 @@ class Commands:
             "file_bytes": file_bytes,
             "more_memory": more_memory,
             "die_at": die_at,
+            "interval": interval,
         }
         assert self._zygote.stdin is not None
         self._zygote.stdin.write(json.dumps(asked) + "\n")

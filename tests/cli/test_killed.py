@@ -23,7 +23,7 @@ from tests.cli.process import Commands, content
 from tests.export.bundles import shared_bundle
 
 KINDS: tuple[type[Artifact], ...] = (Profile, Calibration, Thresholds, Evaluation)
-LEFTOVER = re.compile(r"\..+\.\d+\.(part|old)")
+LEFTOVER = re.compile(r"\..+\.(\d+\.(part|old)|unfinished|lock)|\.modes\.lock")
 STEPS = ("profile", "calibrate", "search", "evaluate", "export")
 KILLS = 2  # at random moments, of each step
 MOST_STEPS = 7  # of the places where a command can be cut; which ones is decided by a seed
@@ -109,7 +109,7 @@ def test_killed_before_a_file_operation(
     killed = 0
     for place in places(step):
         arguments = start(step, old, command, tiny_checkpoint, folder)
-        ended = command(*arguments, die_at=place)
+        ended = command(*arguments, die_at=place, interval=0)
         if ended.code == 0:
             break  # it has fewer
         assert ended.code == -signal.SIGKILL, ended.err
@@ -136,7 +136,7 @@ def test_killed_at_any_moment(
     usual = time.monotonic() - began
     for _ in range(KILLS):
         arguments = start(step, old, command, tiny_checkpoint, folder)
-        command.start(*arguments).kill_after(rng.random() * usual).wait()
+        command.start(*arguments, interval=0).kill_after(rng.random() * usual).wait()
         assert_whole(folder)
         assert_continues(command, arguments, folder, undisturbed[step])
 
@@ -147,7 +147,7 @@ def test_a_calibration_that_was_killed_goes_on(
     """After its first batch was saved; an altered save is not used."""
     run, arguments = tmp_path / "run", ("calibrate", tiny_checkpoint, *DATA, "--run", tmp_path / "run")
     for alter in (False, True):
-        assert command(*arguments, die_at=4).code == -signal.SIGKILL
+        assert command(*arguments, die_at=4, interval=0).code == -signal.SIGKILL
         saved = run / "calibration.unfinished.safetensors"
         if alter:
             raw = bytearray(saved.read_bytes())

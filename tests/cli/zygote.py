@@ -49,6 +49,10 @@ def child(asked: dict[str, Any]) -> NoReturn:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
         resource.setrlimit(resource.RLIMIT_AS, (now + asked["more_memory"],) * 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells switch it off for what runs in the background
+    if asked["interval"] is not None:
+        from modes_cli import unfinished
+
+        unfinished.INTERVAL = asked["interval"]
     if asked["die_at"] is not None:
         die_at(asked["die_at"])
     from modes_cli import app
@@ -81,10 +85,9 @@ def die_at(step: int) -> None:
 
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
-    from modes_cli import files, unfinished
+    from modes_cli import files
 
     files._rename_folder = counted(files._rename_folder)
-    unfinished.INTERVAL = 0.0  # progress is saved after every batch
 
 
 def main() -> None:
