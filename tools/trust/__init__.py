@@ -1,0 +1,1 @@
+"""What is claimed of trust, measured: kills, hostile files, fuzzing, leaks."""
