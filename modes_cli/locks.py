@@ -145,6 +145,8 @@ def _release(handle: int, path: Path) -> None:
 def _take_by_name(path: Path, command: str, instead: str) -> Release:
     """Without help of the file system: whoever makes the file has the lock, and only people can tell when its owner is dead."""
     held = path.with_name(f"{path.name}.held")
+    with contextlib.suppress(OSError):
+        path.unlink()
     try:
         handle = os.open(held, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     except FileExistsError as error:
@@ -153,8 +155,6 @@ def _take_by_name(path: Path, command: str, instead: str) -> Release:
         os.close(handle)
         hint = f"wait until that has ended, or {instead}; this file system has no locks: if it was killed, remove `{held}`"
         raise RunLocked(f"`{path.parent}` is in use: {said}", hint=hint) from error
-    with contextlib.suppress(OSError):
-        path.unlink()
     _write(handle, command)
     os.close(handle)
     return partial(held.unlink, missing_ok=True)

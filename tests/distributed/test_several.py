@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from modes_cli.locks import one_writer
 from tests.distributed.conftest import calibrate, search
 from tests.distributed.world import Change, Process, World
 from tests.runs import content
@@ -101,6 +104,30 @@ def test_an_error_anywhere_ends_all_with_its_code(
     assert ended[0].err.count("error: ") == 1
     assert says.removeprefix("error: ") in json.loads(ended[0].out)["error"]["message"]
     assert not (tmp_path / "run" / "calibration.json").exists()
+
+
+def test_the_lock_is_the_first_process_s(world: World, alone: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Refused, all of them end; and the others of one run do not refuse each other (all tests above)."""
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    with one_writer(run, "evaluate"):
+        for arguments in (calibrate(tiny_checkpoint, run), search(run)):
+            ended = world.run(2, *arguments, "--json")
+            assert [process.code for process in ended] == [1, 1]
+            assert_only_the_first_spoke(ended)
+            assert json.loads(ended[0].out)["error"]["kind"] == "run_locked"
+            assert f"`modes evaluate`, process `{os.getpid()}`" in ended[0].err
+    assert content(run) == content(alone)
+
+
+def test_a_search_that_was_killed_keeps_its_passes(world: World, alone: Path, tmp_path: Path) -> None:
+    """Rank 1 of 2 is killed in the middle; what both had found is used by two others."""
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    (run / "thresholds.json").unlink()
+    ended = world.run(2, *search(run), changes={1: Change(kill_at=12)})
+    assert [process.code for process in ended] == [1, -9], [process.err for process in ended]
+    assert (run / "thresholds.unfinished.safetensors").exists()
+    assert_all_well(world.run(2, *search(run)))
+    assert content(run) == content(alone)
 
 
 def test_a_search_without_calibration_says_so_once(world: World, tmp_path: Path) -> None:
