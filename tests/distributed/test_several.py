@@ -123,7 +123,7 @@ def test_a_search_that_was_killed_keeps_its_passes(world: World, alone: Path, tm
     """Rank 1 of 2 is killed in the middle; what both had found is used by two others."""
     run = Path(shutil.copytree(alone, tmp_path / "run"))
     (run / "thresholds.json").unlink()
-    ended = world.run(2, *search(run), changes={1: Change(kill_at=12)})
+    ended = world.run(2, *search(run), changes={1: Change(kill_at_pass=12)})
     assert [process.code for process in ended] == [1, -9], [process.err for process in ended]
     assert (run / "thresholds.unfinished.safetensors").exists()
     assert_all_well(world.run(2, *search(run)))

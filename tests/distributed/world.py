@@ -37,13 +37,14 @@ class Process:
 @dataclass(frozen=True)
 class Change:
     """What is different in one process: it fails, or is killed, when it is about to measure its n-th batch (from 0), or when
-    it writes calibration.json; or it gets other arguments at the end."""
+    it writes calibration.json; or it gets other arguments at the end. `kill_at_pass`: before a search measures that batch."""
 
     kill_at: int | None = None
     fail_at: int | None = None
     fail_writing: bool = False
     error: str = "data"  # or "bug"
     more: Sequence[str] = ()
+    kill_at_pass: int | None = None
 
 
 class World:
@@ -162,6 +163,7 @@ def alter(
     fail_writing: bool = False,
     error: str = "data",
     more: Sequence[str] = (),
+    kill_at_pass: int | None = None,
 ) -> None:
     """Save progress after every batch, count measured batches, and do what a Change asks for."""
     from modes_cli import unfinished
@@ -169,6 +171,7 @@ def alter(
     from modes_cli.calibration.replay import Replay
     from modes_cli.errors import BadData, WriteFailed
     from modes_cli.run_folder import RunFolder
+    from modes_cli.search.objective import Objective
 
     unfinished.INTERVAL = 0.0
     counted.write_text("")
@@ -188,6 +191,15 @@ def alter(
             raise WriteFailed("cannot write `calibration.json`: No space left on device", hint="free some space")
         return write(self, artifact)
 
+    damage, searched = Objective._damage, [0]
+
+    def measuring(self: Objective, number: int, batch: Any) -> Any:
+        if searched[0] == kill_at_pass:
+            os.kill(os.getpid(), signal.SIGKILL)
+        searched[0] += 1
+        return damage(self, number, batch)
+
+    Objective._damage = measuring  # type: ignore[method-assign]
     Replay.record = recording  # type: ignore[method-assign]
     RunFolder.write = writing  # type: ignore[method-assign]
 
