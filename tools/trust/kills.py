@@ -37,7 +37,9 @@ FIRST = {
 
 @dataclass
 class Counts:
-    """Of one step. `continued`: after so many kills there was work to go on with. `differences`: what did not hold."""
+    """Of one step. `continued`: runs after a kill that found unfinished work (of `export`, its folder) and were not told to
+    begin again. `differences`: what did not hold.
+    """
 
     random_kills: int = 0
     operation_kills: int = 0
@@ -68,7 +70,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("kills at random moments", f"{total('random_kills')}"),
         ("kills before file operations", f"{total('operation_kills')}"),
         ("kills survived", f"{total('survived')} of {kills}"),
-        ("continued from unfinished work", f"{total('continued')}"),
+        ("runs that began with unfinished work", f"{total('continued')}"),
         ("bytes compared", f"{total('bytes_compared'):,}"),
         ("differences", f"{sum(len(one['differences']) for one in found)}"),
     ]
