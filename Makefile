@@ -2,6 +2,7 @@
 # make demo    every step on the built-in model
 # make test    pytest in as many processes as there are cores, at most 4; `make test WORKERS=1`: in one
 # make test-eval  the tests that need lmms-eval, in an environment of their own that sees this one's packages
+# make signing  OpenSSF model-signing in .venv-sign; the tests of docs/pipeline sign with it where it is there
 # make sanitize  the kernel tests on libraries built with the address, undefined-behaviour and thread sanitizers
 # make lint    ruff, mypy, schemas in sync
 # make schemas schemas/ from modes_cli/artifacts
@@ -28,9 +29,12 @@ EVAL_PIP := $(BIN)/python -m pip --python $(EVAL_VENV)/bin/python install --quie
 # What `import lmms_eval.evaluator` takes. Its other requirements are for its own models and single tasks, and torchvision,
 # one of them, does not fit every torch.
 EVAL_NEEDS := aiohttp evaluate loguru pytz requests sacrebleu tenacity
+SIGN_VENV := .venv-sign
+SIGN_STAMP := $(SIGN_VENV)/.setup
+SIGN_NEEDS := model-signing==1.1.1 pyopenssl==26.4.0
 SOURCES := pyproject.toml $(shell find kernels -type f -not -path 'kernels/bench/*' 2>/dev/null)
 
-.PHONY: setup demo test test-eval sanitize lint schemas clean
+.PHONY: setup demo test test-eval signing sanitize lint schemas clean
 
 setup: $(STAMP)
 
@@ -67,6 +71,14 @@ $(EVAL_STAMP): $(STAMP)
 
 test-eval: $(EVAL_STAMP)
 	$(EVAL_VENV)/bin/python -m pytest -q tests/evaluation/test_lmms.py
+
+# Apart from ours: a signer needs nothing of this package, and what signs should install little.
+$(SIGN_STAMP): | $(BIN)/python
+	$(BIN)/python -m venv --clear --without-pip $(SIGN_VENV)
+	@$(BIN)/python -m pip --python $(SIGN_VENV)/bin/python install --quiet --disable-pip-version-check $(PIP_EXTRA) $(SIGN_NEEDS)
+	@touch $@
+
+signing: $(SIGN_STAMP)
 
 sanitize: $(STAMP)
 	$(BIN)/python -m tools.sanitize
