@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors.torch import load_file, save_file
 
 from modes_cli.data import open_source
 from modes_cli.data.sample import DataSpec, Sample
@@ -88,6 +89,17 @@ def save(model: Any, folder: Path, seed: int) -> Path:
             shutil.copy(REFERENCE_FOLDER / name, folder / name)
     spread(model, seed).save_pretrained(folder)
     shutil.copy(REFERENCE_FOLDER / "generation_config.json", folder / "generation_config.json")
+    return folder
+
+
+def in_shards(folder: Path) -> Path:
+    """Write the weights of a checkpoint again, as two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-{1 + number % 2:05d}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in sorted(set(where.values())):
+        save_file({name: tensor for name, tensor in tensors.items() if where[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoints import in_shards
 from tests.cli.process import Commands, content
 
 DATA = ("--data", "digits", "--samples", 2)
@@ -80,6 +81,29 @@ def test_damaged(command: Commands, checkpoint: Path, tmp_path: Path, kind: str)
     ended = command("calibrate", checkpoint, *DATA, "--run", tmp_path / "run", "--json")
     ended.refused("bad_artifact", f"`{checkpoint / name}`", words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", ["profile", "calibrate", "search", "evaluate", "export"])
+def test_a_truncated_shard(command: Commands, checkpoint: Path, tmp_path: Path, step: str) -> None:
+    """Of a checkpoint in several files, before any step; whole again, the same command finishes."""
+    in_shards(checkpoint)
+    options: dict[str, tuple[object, ...]] = {
+        "search": ("--target", 0.3, "--policy", "modes", "--no-frontier"),
+        "evaluate": (*DATA, "--max-new-tokens", 1),
+        "export": ("--format", "safetensors"),
+    }
+    arguments = (step, *options.get(step, (checkpoint, *DATA)), "--run", tmp_path / "run")
+    if step in options:
+        command("calibrate", checkpoint, *DATA, "--run", tmp_path / "run").ok()
+    if step in ("evaluate", "export"):
+        command("search", *options["search"], "--run", tmp_path / "run").ok()
+    shard = checkpoint / "model-00002-of-00002.safetensors"
+    data, before = shard.read_bytes(), content(tmp_path / "run")
+    shard.write_bytes(data[:-1000])
+    command(*arguments, "--json").refused("bad_artifact", f"`{shard}`", "offset")
+    assert content(tmp_path / "run") == before
+    shard.write_bytes(data)
+    command(*arguments).ok()
 
 
 @pytest.mark.parametrize(

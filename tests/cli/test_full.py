@@ -36,8 +36,14 @@ def before_step(prepared: Path, tmp_path: Path, request: pytest.FixtureRequest) 
     return run
 
 
+def assert_undisturbed(run: Path, name: str, prepared: Path) -> None:
+    """The step has made what it makes when nothing fails. tools/trust/faults.py looks at the other steps as well."""
+    for made in {"calibrate": ("calibration.json", "calibration.safetensors"), "search": ("thresholds.json",)}.get(name, ()):
+        assert (run / made).read_bytes() == (prepared / made).read_bytes(), made
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_files_may_not_grow(command: Commands, tiny_checkpoint: Path, before_step: Path, name: str) -> None:
+def test_files_may_not_grow(command: Commands, tiny_checkpoint: Path, before_step: Path, prepared: Path, name: str) -> None:
     """A limit stands in for a full disk: it stops the same writes at the same places, and needs no mount."""
     before = content(before_step)
     arguments = (*step(name, tiny_checkpoint), "--run", before_step)
@@ -45,6 +51,7 @@ def test_files_may_not_grow(command: Commands, tiny_checkpoint: Path, before_ste
     ended.refused("write_failed", "cannot write `", "File too large", hint="the same command continues")
     assert content(before_step) == before
     command(*arguments).ok()
+    assert_undisturbed(before_step, name, prepared)
 
 
 def test_the_tensors_do_not_fit(command: Commands, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -67,7 +74,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="only root may mount")
-def test_a_full_disk(command: Commands, tiny_checkpoint: Path, small_disk: Path) -> None:
+def test_a_full_disk(command: Commands, tiny_checkpoint: Path, small_disk: Path, prepared: Path) -> None:
     arguments = ("calibrate", tiny_checkpoint, *DATA, "--run", small_disk / "run")
     ended = command(*arguments, "--json")
     ended.refused(
@@ -78,6 +85,7 @@ def test_a_full_disk(command: Commands, tiny_checkpoint: Path, small_disk: Path)
     command(*arguments).ok()
     ended = command("export", *EXPORT, "--run", small_disk / "run", "--json")
     ended.refused("missing_artifact", "thresholds.json")
+    assert_undisturbed(small_disk / "run", "calibrate", prepared)
     command("search", *SEARCH, "--run", small_disk / "run").ok()
     before = content(small_disk)
     ended = command("export", *EXPORT, "--run", small_disk / "run", "--json")  # wants room for graphs too, so does not begin
@@ -91,7 +99,9 @@ def test_a_full_disk(command: Commands, tiny_checkpoint: Path, small_disk: Path)
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_folder_that_may_not_be_written(command: Commands, tiny_checkpoint: Path, before_step: Path, name: str) -> None:
+def test_a_folder_that_may_not_be_written(
+    command: Commands, tiny_checkpoint: Path, before_step: Path, prepared: Path, name: str
+) -> None:
     """Root may write anywhere but in an immutable folder."""
     if os.geteuid() == 0:
         if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", before_step], capture_output=True).returncode:
@@ -106,6 +116,8 @@ def test_a_folder_that_may_not_be_written(command: Commands, tiny_checkpoint: Pa
             subprocess.run(["chattr", "-i", before_step], check=True)
         before_step.chmod(0o755)
     assert not [name for name in content(before_step) if "part" in name]
+    command(*step(name, tiny_checkpoint), "--run", before_step).ok()
+    assert_undisturbed(before_step, name, prepared)
 
 
 @pytest.mark.parametrize("where", ["file", "file/run", "/dev/null", "/proc/run"])
@@ -136,13 +148,15 @@ def test_stdout_is_full_as_it_is_typed(command: Commands, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["profile", "calibrate", "evaluate"])
-def test_out_of_memory(command: Commands, tiny_checkpoint: Path, before_step: Path, name: str) -> None:
+def test_out_of_memory(command: Commands, tiny_checkpoint: Path, before_step: Path, prepared: Path, name: str) -> None:
     before = content(before_step)
     arguments = step(name, tiny_checkpoint)
     large = ("--samples", 512, "--batch-size", 512)
     ended = command(*arguments, *large, "--run", before_step, "--fresh", "--json", more_memory=150 << 20)
     ended.refused("out_of_memory", "out of memory", hint="`--batch-size`")
     assert content(before_step) == before
+    command(*arguments, "--run", before_step).ok()
+    assert_undisturbed(before_step, name, prepared)
 
 
 @pytest.fixture

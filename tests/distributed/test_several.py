@@ -85,11 +85,12 @@ def test_killed_and_continued_as_another_number(world: World, alone: Path, tiny_
     [
         (2, Change(fail_at=1), 1, "error: process `2` of 3: sample `x` is bad"),
         (0, Change(fail_at=0), 1, "error: sample `x` is bad"),
+        (1, Change(exhaust_at=1), 1, "error: process `1` of 3: "),
         (1, Change(fail_at=0, error="bug"), 2, "error: process `1` of 3: unexpected KeyError: 'a bug'"),
         (0, Change(fail_writing=True), 1, "error: cannot write `calibration.json`"),
         (1, Change(more=("--seed", "5")), 1, "error: process `1` of 3 has another model, data or library version"),
     ],
-    ids=["sample", "first", "bug", "disk", "disagreement"],
+    ids=["sample", "first", "memory", "bug", "disk", "disagreement"],
 )
 def test_an_error_anywhere_ends_all_with_its_code(
     rank: int, change: Change, code: int, says: str, world: World, tiny_checkpoint: Path, tmp_path: Path

@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -36,11 +37,13 @@ class Process:
 
 @dataclass(frozen=True)
 class Change:
-    """What is different in one process: it fails, or is killed, when it is about to measure its n-th batch (from 0), or when
-    it writes calibration.json; or it gets other arguments at the end. `kill_at_pass`: before a search measures that batch."""
+    """What is different in one process: it fails, is killed, or needs more memory than it may have when it is about to measure
+    its n-th batch (from 0), or fails when it writes calibration.json; or it gets other arguments at the end. `kill_at_pass`:
+    before a search measures that batch."""
 
     kill_at: int | None = None
     fail_at: int | None = None
+    exhaust_at: int | None = None
     fail_writing: bool = False
     error: str = "data"  # or "bug"
     more: Sequence[str] = ()
@@ -160,6 +163,7 @@ def alter(
     counted: Path,
     kill_at: int | None = None,
     fail_at: int | None = None,
+    exhaust_at: int | None = None,
     fail_writing: bool = False,
     error: str = "data",
     more: Sequence[str] = (),
@@ -181,6 +185,8 @@ def alter(
         number = len(counted.read_text())
         if number == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if number == exhaust_at:
+            exhaust()
         if number == fail_at:
             raise BadData("sample `x` is bad") if error == "data" else KeyError("a bug")
         counted.write_text("." * (number + 1))
@@ -202,6 +208,15 @@ def alter(
     Objective._damage = measuring  # type: ignore[method-assign]
     Replay.record = recording  # type: ignore[method-assign]
     RunFolder.write = writing  # type: ignore[method-assign]
+
+
+def exhaust() -> None:
+    """Ask for 64 MB where the process may map 16 more."""
+    import torch
+
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (16 << 20),) * 2)
+    torch.zeros(64 << 20, dtype=torch.uint8)
 
 
 if __name__ == "__main__":
