@@ -1,15 +1,13 @@
 """`modes generate`: one answer from a bundle, in ONNX Runtime or in PyTorch."""
 
-from pathlib import Path
+from PIL import Image
 
-from PIL import Image, UnidentifiedImageError
-
-from modes_cli.errors import BadData, BadOption
+from modes_cli.data import check_image_file
+from modes_cli.errors import BadOption
 from modes_cli.requests import Generated, GenerateRequest
 from modes_cli.runtime.answers import Answers
 
 RUNTIMES = ("ort", "torch")
-PIXEL_LIMIT = 1 << 28  # a hostile file can claim any size
 
 
 def generate(request: GenerateRequest) -> Generated:
@@ -25,24 +23,9 @@ def generate(request: GenerateRequest) -> Generated:
         raise BadOption(f"no runtime `{request.runtime}`", hint=f"runtimes are {' and '.join(RUNTIMES)}")
     if request.max_new_tokens < 1:
         raise BadOption(f"`--max-new-tokens {request.max_new_tokens}` leaves nothing to generate")
-    answers = _answer(request, [open_image(path) for path in request.images])
+    answers = _answer(request, [check_image_file(path) for path in request.images])
     seconds = (answers.prefill_seconds, answers.decode_seconds)
     return Generated(answers.texts[0], len(answers.tokens[0]), answers.skip_ratio, *seconds)
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB.
-
-    Raises:
-        BadData: not an image, damaged, or too large.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise BadData(f"`{path}` has {image.width} x {image.height} pixels", hint="make it smaller")
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadData(f"`{path}` cannot be read as an image: {error}") from error
 
 
 def _answer(request: GenerateRequest, images: list[Image.Image]) -> Answers:

@@ -1,5 +1,6 @@
 """A bundle in ONNX Runtime against the same checkpoint in transformers with skipping, thresholds active."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.models.inputs import end_ids, prompt_batch
 from modes_cli.models.loading import Loaded, load
 from modes_cli.requests import GenerateRequest, ModelSpec
-from modes_cli.runtime.generate import generate, open_image
+from modes_cli.runtime.generate import generate
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.runtime.positions import mrope_positions, text_positions
 from modes_cli.runtime.session import session
@@ -276,14 +277,18 @@ def test_generate_command(bundle: Path, tmp_path: Path) -> None:
         generate(GenerateRequest(bundle, (), "?", max_new_tokens=0))
 
 
-def test_unreadable_images(tmp_path: Path) -> None:
+def test_unreadable_images(bundle: Path, tmp_path: Path) -> None:
+    """With the limits and formats of `--data`: Pillow would hand an EPS file to Ghostscript."""
     (tmp_path / "text.png").write_text("no image")
     good = tmp_path / "good.png"
     picture(48, 48, 0).save(good)
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:500])
-    for name in ("text.png", "cut.png", "absent.png"):
-        with pytest.raises(BadData, match=name):
-            open_image(tmp_path / name)
+    picture(48, 48, 0).convert("RGB").save(tmp_path / "page.eps")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("text.png", "cut.png", "absent.png", "page.eps", "pipe.png"):
+        with pytest.raises(BadData, match=name) as caught:
+            generate(GenerateRequest(bundle, (tmp_path / name,), "?"))
+        assert "Ghostscript" not in str(caught.value)
 
 
 def test_images_and_videos_go_through_frame_by_frame(ort_model: OrtModel) -> None:
