@@ -26,6 +26,7 @@ LONGEST = (
     "cli/test_killed.py",
     "export/test_internvl.py",
     "kernels/test_isa.py",
+    "ci/test_pipeline.py",
     "cuda/test_emulator.py",
     "distributed/test_several.py",
     "test_families.py",

@@ -34,6 +34,7 @@ def test_the_page_of_some_sections(tmp_path: Path) -> None:
     machine = record.machine()
     assert f"`python -m tools.trust soak`, on {machine['cpu']}, {machine['cores']} cores, " in told
     assert "; modes " in told
+    assert "None" not in told
     assert "(benchmarks/trust-soak.json)" in told
     assert page.render(tmp_path, made_up) == text
 

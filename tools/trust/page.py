@@ -29,7 +29,7 @@ def render(folder: Path = record.FOLDER, rows: Rows = record.rows) -> str:
             raise ValueError(f"the section `{name}` has no rows")
         for number, (what, value) in enumerate(found):
             table.append(f"| {title if number == 0 else ''} | {_cell(what)} | {_cell(value)} |")
-        where = f"{_words(tree['machine'])}; {_words(tree['versions'])}"
+        where = f"{_machine(tree['machine'])}; {_versions(tree['versions'])}"
         how.append(f"- **{title}**: `{tree['command']}`, on {where}. [{file}](benchmarks/{file})")
     return "\n".join([HEAD, *table, *(["", "How each part was measured:", "", *how] if how else [])]) + "\n"
 
@@ -38,19 +38,15 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _words(tree: Mapping[str, Any]) -> str:
-    """`{"cpu": "X", "cores": 2, "memory": 8589934592}`: X, 2 cores, 8 GB."""
-    units = {
-        "memory": lambda n: f"{n / 1e9:.0f} GB memory",
-        "cores": lambda n: f"{n} cores",
-        "threads": lambda n: f"{n} threads",
-    }
-    plain = {"cpu", "device", "system", "isa"}
-    return ", ".join(
-        units[key](value) if key in units else f"{value}" if key in plain else f"{key} {value}"
-        for key, value in tree.items()
-        if value is not None
-    )
+def _machine(tree: Mapping[str, Any]) -> str:
+    """`{"cpu": "X", "cores": 2, "memory": 8000000000}`: X, 2 cores, 8 GB memory. What only a benchmark needs is left out."""
+    words = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "system": "{}"}
+    found = [form.format(tree[key]) for key, form in words.items() if tree.get(key) is not None]
+    return ", ".join([*found, *([f"{tree['memory'] / 1e9:.0f} GB memory"] if tree.get("memory") else [])])
+
+
+def _versions(tree: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in tree.items() if version is not None)
 
 
 def write(folder: Path = record.FOLDER) -> Path:
