@@ -131,6 +131,48 @@ MODES_EXPORT modes_status modes_cpu_workspace_size(const modes_args* args, size_
 MODES_EXPORT modes_status modes_cpu_skip_experts(const modes_args* args, const modes_parallel_for* parallel_for,
                                                  void* workspace, size_t workspace_bytes, modes_message* message);
 
+/* Routing, scores, or both, of one layer: what comes before modes_skip_experts, float32, per token t and slot j.
+ *
+ *   with logits    softmax_first: w, e = the k largest of softmax(logits[t]), divided by their sum with `normalise`
+ *                  otherwise:     w = softmax of the k largest logits, e = their experts
+ *                  in falling order; of equal ones the lower expert comes first. Written to expert_weights and expert_ids.
+ *   without        both are read.
+ *   with score     pi = w[j] / (w[0] + ... + w[k-1]), the sum taken in slot order
+ *                  l = predictor_logits[t] + predictor_bias,   m = logsumexp(l[e[0..k-1]]) - logsumexp(l)
+ *                  n = exp(clamp(coefficients[e] . (l, m, 1), range) - range[1])
+ *                  score = score_scale * pi * n
+ *     and saliency u = exp(power * (clamp(saliency[g] . (x[t], 1), saliency_range[g]) - saliency_range[g][1]))
+ *                  score = score_scale * max(pi * n * sqrt(pi) * u, 2^-24)        g = group[t] % saliency_groups
+ *
+ * A NaN stays in its token. Same input, same bits, whatever the number of threads. */
+typedef struct modes_route_args {
+  uint64_t struct_size;           /* sizeof(modes_route_args) */
+  int64_t tokens, experts, top_k; /* tokens may be 0, the others may not; top_k <= experts */
+  int64_t groups;                 /* of score_scale; what follows has no effect without a score */
+  int64_t hidden;                 /* of x */
+  int64_t saliency_groups;
+  int32_t softmax_first, normalise;
+  int32_t score_scale_per_expert; /* 0: score_scale [G];  1: score_scale [G, E] */
+  float power;
+  const float* logits;            /* [T, E] or null */
+  int64_t* expert_ids;            /* [T, k] written with logits; else read, 0 <= id < E, checked */
+  float* expert_weights;          /* [T, k] the same */
+  const int32_t* group;           /* [T]    0 <= group < G, checked */
+  const float* score_scale;       /* [G] or [G, E] */
+  const float* x;                 /* [T, H] what the experts are given; with saliency only */
+  const float* predictor_logits;  /* [T, E] */
+  const float* predictor_bias;    /* [E] or null */
+  const float* coefficients;      /* [E, E + 2] */
+  const float* range;             /* [2] smallest and largest */
+  const float* saliency;          /* [saliency_groups, H + 1] or null */
+  const float* saliency_range;    /* [saliency_groups, 2] */
+  float* score;                   /* [T, k] or null */
+} modes_route_args;
+
+/* Host memory only. `parallel_for` null: on the calling thread. `message` may be null. */
+MODES_EXPORT modes_status modes_cpu_route(const modes_route_args* args, const modes_parallel_for* parallel_for,
+                                          modes_message* message);
+
 /* Threads that the library's own pool uses where a call asks for 0: what was set last, else $MODES_NUM_THREADS, else
  * the processors this process may run on. Setting 0 or less returns to that default. */
 MODES_EXPORT void modes_cpu_set_threads(int32_t threads);

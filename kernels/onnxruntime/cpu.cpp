@@ -2,22 +2,6 @@
 #include "onnxruntime/skip_experts.h"
 
 namespace modes_ort {
-namespace {
-
-// ONNX Runtime's own threads, with the status they may end in.
-struct Threads {
-  const ort::Api* api;
-  OrtKernelContext* context;
-  OrtStatus* failure;
-
-  static int run(void* self, size_t tasks, modes_task task, void* state) {
-    Threads* threads = static_cast<Threads*>(self);
-    threads->failure = ort::ParallelFor::call(threads->api, threads->context, task, tasks, 0, state);
-    return threads->failure != nullptr;
-  }
-};
-
-}  // namespace
 
 OrtStatus* compute_on_cpu(void* self, OrtKernelContext* context) {
   const Kernel& kernel = *static_cast<const Kernel*>(self);

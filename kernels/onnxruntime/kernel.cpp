@@ -32,13 +32,6 @@ OrtStatus* read_flag(const Api* api, const OrtKernelInfo* info, const char* name
   return nullptr;
 }
 
-OrtStatus* output(const Api* api, OrtKernelContext* context, Output index, const int64_t* shape, size_t rank,
-                  void** data) {
-  OrtValue* value = nullptr;
-  if (OrtStatus* s = ort::GetOutput::call(api, context, index, shape, rank, &value)) return s;
-  return value ? ort::GetTensorMutableData::call(api, value, data) : nullptr;  // null: nobody asked for it
-}
-
 }  // namespace
 
 OrtStatus* error(const Api* api, int code, const std::string& text) {
@@ -78,6 +71,12 @@ OrtStatus* create_kernel(const ort::CustomOp*, const Api* api, const OrtKernelIn
   return *kernel ? nullptr : error(api, ort::kFail, "no memory");
 }
 
+OrtStatus* output(const Api* api, OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank, void** data) {
+  OrtValue* value = nullptr;
+  if (OrtStatus* s = ort::GetOutput::call(api, context, index, shape, rank, &value)) return s;
+  return value ? ort::GetTensorMutableData::call(api, value, data) : nullptr;  // null: nobody asked for it
+}
+
 void destroy_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
 OrtStatus* prepare(const Kernel& kernel, OrtKernelContext* context, modes_args* args) {
@@ -87,7 +86,7 @@ OrtStatus* prepare(const Kernel& kernel, OrtKernelContext* context, modes_args* 
   if (OrtStatus* s = ort::GetOutputCount::call(api, context, &outputs)) return s;
   Tensor tensors[kInputs];
   for (size_t i = 0; i < inputs && i < kInputs; ++i) {
-    if (OrtStatus* s = read_tensor(api, context, i, &tensors[i])) return s;
+    if (OrtStatus* s = read_tensor(api, context, kInputName, i, &tensors[i])) return s;
   }
   if (OrtStatus* s = bind(api, kernel.attributes, tensors, args)) return s;
 

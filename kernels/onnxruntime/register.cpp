@@ -129,7 +129,7 @@ OrtStatus* make_domain(const Api* api, OrtCustomOpDomain** domain) {
       }
     }
   }
-  return nullptr;
+  return add_route(api, *domain);
 }
 
 }  // namespace

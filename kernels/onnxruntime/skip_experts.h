@@ -55,7 +55,9 @@ struct Tensor {
   int64_t shape[kMaxRank] = {};
 };
 
-OrtStatus* read_tensor(const ort::Api* api, const OrtKernelContext* context, size_t index, Tensor* tensor);
+// `names`: of the operator's inputs, for messages.
+OrtStatus* read_tensor(const ort::Api* api, const OrtKernelContext* context, const char* const* names, size_t index,
+                       Tensor* tensor);
 
 // Fills sizes, dtypes and input pointers of `args` from the tensors, each shape checked against the others.
 OrtStatus* bind(const ort::Api* api, const Attributes& attributes, const Tensor* inputs, modes_args* args);
@@ -77,5 +79,25 @@ OrtStatus* create_kernel(const ort::CustomOp*, const ort::Api* api, const OrtKer
 OrtStatus* compute_on_cpu(void* kernel, OrtKernelContext* context);
 OrtStatus* compute_on_gpu(void* kernel, OrtKernelContext* context);
 void destroy_kernel(void* kernel);
+
+// Allocates an output of a run; `data` stays null where nobody asked for it.
+OrtStatus* output(const ort::Api* api, OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank,
+                  void** data);
+
+// ONNX Runtime's own threads, with the status they may end in.
+struct Threads {
+  const ort::Api* api;
+  OrtKernelContext* context;
+  OrtStatus* failure;
+
+  static int run(void* self, size_t tasks, modes_task task, void* state) {
+    Threads* threads = static_cast<Threads*>(self);
+    threads->failure = ort::ParallelFor::call(threads->api, threads->context, task, tasks, 0, state);
+    return threads->failure != nullptr;
+  }
+};
+
+// modes::Route, on the CPU only (route.cpp).
+OrtStatus* add_route(const ort::Api* api, OrtCustomOpDomain* domain);
 
 }  // namespace modes_ort

@@ -89,7 +89,8 @@ OrtStatus* expect_quantised(const Api* api, const Attributes& attributes, const 
 
 }  // namespace
 
-OrtStatus* read_tensor(const Api* api, const OrtKernelContext* context, size_t index, Tensor* tensor) {
+OrtStatus* read_tensor(const Api* api, const OrtKernelContext* context, const char* const* names, size_t index,
+                       Tensor* tensor) {
   const OrtValue* value = nullptr;
   if (OrtStatus* s = ort::GetInput::call(api, context, index, &value)) return s;
   if (!value) return nullptr;
@@ -99,7 +100,7 @@ OrtStatus* read_tensor(const Api* api, const OrtKernelContext* context, size_t i
   if (!status) status = ort::GetDimensionsCount::call(api, info, &tensor->rank);
   if (!status && tensor->rank > Tensor::kMaxRank) {
     status = error(api, ort::kInvalidArgument,
-                   std::string(kInputName[index]) + " has `" + std::to_string(tensor->rank) + "` dimensions");
+                   std::string(names[index]) + " has `" + std::to_string(tensor->rank) + "` dimensions");
   }
   if (!status) status = ort::GetDimensions::call(api, info, tensor->shape, tensor->rank);
   ort::ReleaseTensorTypeAndShapeInfo::call(api, info);

@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from modes_cli.errors import UnknownLayout
 from modes_cli.export.operator import DOMAIN, NAME
+from modes_cli.export.routing import router_logits
 
 STOCK_DOMAIN = "com.microsoft"
 NEVER = -1e4  # a logit that softmax turns into 0
@@ -82,8 +83,7 @@ def _replace(model: ir.Model, node: ir.Node, top_k: int, rewritten: dict[str, Re
     found = router_logits(weights, ids)
     tape = ir.tape.Tape()
     if found is not None:
-        logits, normalised = found
-        out = _moe(tape, hidden, logits, experts, activation, top_k, normalised)
+        out = _moe(tape, hidden, found.logits, experts, activation, top_k, found.normalised)
     else:
         total = tape.op("ReduceSum", [weights, _ints(tape, [-1])], {"keepdims": 1})
         tiny = tape.op("Constant", [], {"value": ir.tensor(np.array(1e-37, np.float32))})
@@ -118,58 +118,6 @@ def _activation(node: ir.Node) -> dict[str, Any]:
         swiglu = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": alpha, "activation_beta": 1.0}
         return {**swiglu, "swiglu_limit": limit}
     raise UnknownLayout(f"{STOCK_DOMAIN}.MoE has no gated activation `{kind}` on the CPU", hint=HINT)
-
-
-# -- routing --------------------------------------------------------------------------------------------------------------
-
-
-def router_logits(weights: ir.Value, ids: ir.Value) -> tuple[ir.Value, bool] | None:
-    """[T, E] logits whose softmax and top-k give these weights [T, k] and ids, and whether weights are normalised to sum 1;
-    None where they come about in another way.
-    """
-    weights, ids = _plain(weights), _plain(ids)
-    if (softmax := _made_by(weights, "Softmax")) is not None:  # of the chosen logits
-        values = _plain(_present(softmax.inputs[0]))
-        chosen = _top_k(values, ids)
-        return None if chosen is None or not _last_axis(softmax) else (_plain(chosen), True)
-    normalised = False
-    if (division := _made_by(weights, "Div")) is not None:
-        weights, total = (_plain(_present(value)) for value in division.inputs)
-        summed = _made_by(total, "ReduceSum")
-        if summed is None or _plain(_present(summed.inputs[0])) is not weights:
-            return None
-        normalised = True
-    chosen = _top_k(weights, ids)
-    softmax = None if chosen is None else _made_by(_plain(chosen), "Softmax")
-    if softmax is None or not _last_axis(softmax):
-        return None
-    return _plain(_present(softmax.inputs[0])), normalised
-
-
-def _top_k(values: ir.Value, ids: ir.Value) -> ir.Value | None:
-    """What the largest were chosen of, if both come from one TopK over the last axis."""
-    node = _made_by(values, "TopK")
-    if node is None or node.outputs[0] is not values or node.outputs[1] is not ids or not _last_axis(node):
-        return None
-    largest = node.attributes.get("largest")
-    return _present(node.inputs[0]) if largest is None or largest.as_int() == 1 else None
-
-
-def _made_by(value: ir.Value, operator: str) -> ir.Node | None:
-    node = value.producer()
-    return node if node is not None and (node.domain, node.op_type) == ("", operator) else None
-
-
-def _plain(value: ir.Value) -> ir.Value:
-    """Before casts, which a graph in float32 does not need."""
-    while (node := value.producer()) is not None and node.domain == "" and node.op_type in ("Cast", "Identity"):
-        value = _present(node.inputs[0])
-    return value
-
-
-def _last_axis(node: ir.Node) -> bool:
-    axis = node.attributes.get("axis")
-    return axis is None or axis.as_int() in (-1, 1)  # of two
 
 
 # -- weights --------------------------------------------------------------------------------------------------------------

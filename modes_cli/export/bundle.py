@@ -256,12 +256,12 @@ def _graphs(plan: Plan) -> Mapping[str, Callable[[], ir.Model]]:
     assert plan.family is not None
     family, text = plan.family, plan.config.get_text_config()
     deepstack = family.deepstack(plan.config)
-    spec = DecoderSpec(text, deepstack, plan.blocks, plan.tokens, plan.rule)
+    spec = DecoderSpec(text, deepstack, plan.blocks, plan.tokens, plan.rule, route=True)
 
     def half_decoder() -> ir.Model:
         half = getattr(torch, plan.info.dtype)
         skeleton.narrow(plan.model, plan.mode, half)  # the last that is traced of it
-        return export_decoder(plan.model, plan.mode, family, replace(spec, dtype=half, grouped=_grouped(text)))
+        return export_decoder(plan.model, plan.mode, family, replace(spec, dtype=half, grouped=_grouped(text), route=False))
 
     made: dict[str, Callable[[], ir.Model]] = {
         "embedding.onnx": lambda: export_embedding(plan.model, plan.mode, family, plan.tokens.vision_ids, deepstack),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modes_cli.export import graph, packing
+from modes_cli.export import graph, packing, routing, scores
 from modes_cli.export.attention import FlatCache
 from modes_cli.export.families.base import Family
 from modes_cli.export.graph import AUTO, Shape
@@ -52,6 +52,7 @@ class DecoderSpec:
 
     dtype: of activations and cache; the graph's other inputs and outputs are float32 and int64 whatever it is.
     grouped: attention as GroupQueryAttention, where `grouped.fits`; else as ai.onnx's Attention.
+    route: with `modes::Route` nodes, for graphs that compute in float32 on the CPU; elsewhere plain nodes do the same.
     """
 
     config: Any  # of the text model
@@ -61,6 +62,7 @@ class DecoderSpec:
     rule: Rule
     dtype: torch.dtype = torch.float32
     grouped: bool = False
+    route: bool = False
 
     @property
     def layers(self) -> int:
@@ -125,6 +127,8 @@ class Decoder(nn.Module):
         assert self.group is not None
         seen = Pairs(block.index, pairs.score(block, weights), self.group, ids, hidden)
         own = {name: self.get_buffer(f"{CONTRIBUTION}.{name}_{block.index}") for name in self.formula.tensors}
+        if self.spec.route and (found := scores.one_node(self.formula, own, block, scale, seen, weights)) is not None:
+            return found
         return scale_of(scale, seen) * self.formula.of(own, seen)
 
     def forward(
@@ -167,7 +171,7 @@ class Decoder(nn.Module):
         if self.spec.grouped:
             hidden = order.restore(hidden)
         logits = self.get_submodule(self.family.head)(torch.ops.modes_trace.last_rows(hidden, logits_to_keep)).float()
-        kept = torch.stack(self.kept)[:, :PADDING]
+        kept = torch.cat(self.kept).reshape(len(self.kept), -1)[:, :PADDING]  # not `stack`: it would be a node per layer
         self.group = self.thresholds = None
         return logits, kept, cache.present
 
@@ -235,6 +239,8 @@ def export_decoder(model: nn.Module, mode: FakeTensorMode, family: Family, spec:
     }
     outputs |= {f"present.{name}": ["batch", spec.cache.heads, after, width] for name, width in names.items()}
     traced = graph.trace(decoder, example, dynamic, inputs, outputs)
+    if spec.route:
+        routing.fuse(traced, spec.blocks[0].top_k)
     graph.give_default(traced, "tau", spec.rule.tau.to(torch.float32))
     graph.give_default(traced, "logits_to_keep", torch.zeros(1, dtype=torch.int64))
     return traced

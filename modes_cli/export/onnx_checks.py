@@ -13,7 +13,8 @@ from modes_cli.export.safetensors_header import Entry
 GRAPH_LIMIT = 256 << 20  # bytes; graphs hold no weights
 INLINE_LIMIT = 1 << 20
 DOMAINS = {"": range(13, 27), "modes": range(1, 2), "com.microsoft": range(1, 2)}
-OPERATORS = {"modes": {"SkipExperts"}, "com.microsoft": {"GroupQueryAttention", "MRotaryEmbedding"}}  # of ai.onnx, any
+# Of ai.onnx, any.
+OPERATORS = {"modes": {"SkipExperts", "Route"}, "com.microsoft": {"GroupQueryAttention", "MRotaryEmbedding"}}
 _DTYPES = {
     "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16,
     "I8": onnx.TensorProto.INT8, "U8": onnx.TensorProto.UINT8,
@@ -46,7 +47,7 @@ def check_graph(path: Path, weights: Mapping[str, Entry]) -> str:
     for graph in _graphs(model.graph):
         for node in graph.node:
             nodes += 1
-            skips += node.domain == "modes"
+            skips += (node.domain, node.op_type) == ("modes", "SkipExperts")
             if node.domain not in DOMAINS or (node.domain and node.op_type not in OPERATORS[node.domain]):
                 raise BadArtifact(
                     str(path), f"node `{node.name[:80]}`", f"operator `{node.domain[:40]}::{node.op_type[:40]}` is not expected"

@@ -12,7 +12,7 @@ import onnxscript
 import torch
 from torch import Tensor
 
-DOMAIN, NAME, VERSION = "modes", "SkipExperts", 1
+DOMAIN, NAME, ROUTE, VERSION = "modes", "SkipExperts", "Route", 1
 
 torch.library.define(
     "modes_trace::skip_experts",
@@ -20,6 +20,11 @@ torch.library.define(
     "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, float limit, "
     "bool transposed, bool interleaved, Tensor? score, Tensor? gate_up_scales=None, Tensor? down_scales=None, int block=0) "
     "-> (Tensor, Tensor)",
+)
+torch.library.define(
+    "modes_trace::score",
+    "(Tensor expert_ids, Tensor expert_weights, Tensor group, Tensor score_scale, Tensor? x, Tensor predictor_logits, "
+    "Tensor coefficients, Tensor range, Tensor? saliency, Tensor? saliency_range, float power, int top_k) -> Tensor",
 )
 torch.library.define("modes_trace::last_rows", "(Tensor x, Tensor count) -> Tensor")
 
@@ -30,6 +35,12 @@ def _skip_experts_shapes(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H] as x; kept pairs [G] int64."""
     return torch.empty_like(x), torch.empty(tau.shape, dtype=torch.int64, device=x.device)
+
+
+@torch.library.register_fake("modes_trace::score")
+def _score_shape(expert_ids: Tensor, expert_weights: Tensor, *_: Any) -> Tensor:
+    """[T, k] float32."""
+    return torch.empty_like(expert_weights)
 
 
 @torch.library.register_fake("modes_trace::last_rows")
@@ -78,6 +89,39 @@ def _register_schema() -> None:
             ],
         )
     )  # fmt: skip
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            ROUTE,
+            DOMAIN,
+            VERSION,
+            doc="Softmax and top-k of logits, and the scores of the chosen pairs by a formula; or the scores alone.",
+            inputs=[
+                parameter("logits", "F", **optional), parameter("expert_ids", "I", **optional),
+                parameter("expert_weights", "F", **optional), parameter("group", "G", **optional),
+                *(
+                    parameter(name, "F", **optional)
+                    for name in (
+                        "score_scale", "x", "predictor_logits", "predictor_bias", "coefficients", "range", "saliency",
+                        "saliency_range",
+                    )
+                ),
+            ],
+            outputs=[
+                parameter("out_ids", "I", **optional), parameter("out_weights", "F", **optional),
+                parameter("score", "F", **optional),
+            ],
+            type_constraints=[
+                ("F", ["tensor(float)"], "all else"), ("I", ["tensor(int64)"], "expert ids"),
+                ("G", ["tensor(int32)"], "groups"),
+            ],
+            attributes=[
+                attribute("top_k", kind.INT, "experts of a token", required=True),
+                attribute("softmax_first", kind.INT, "1: softmax of all logits; 0: of the chosen ones", required=False),
+                attribute("normalise", kind.INT, "1: weights are divided by their sum", required=False),
+                attribute("power", kind.FLOAT, "of the saliency", required=False),
+            ],
+        )
+    )  # fmt: skip
 
 
 _register_schema()
@@ -108,6 +152,15 @@ def _skip_experts(
     )
 
 
+def _score(
+    expert_ids: Any, expert_weights: Any, group: Any, score_scale: Any, x: Any, predictor_logits: Any, coefficients: Any,
+    range: Any, saliency: Any, saliency_range: Any, power: float, top_k: int,
+) -> Any:  # fmt: skip
+    own = [None, expert_ids, expert_weights, group, score_scale, x, predictor_logits, None, coefficients, range]
+    salient = [] if saliency is None else [saliency, saliency_range]
+    return _MODES.Route(*own, *salient, power=power, top_k=top_k, _outputs=3)[2]
+
+
 def _last_rows(x: Any, count: Any) -> Any:
     """Rows -count and after; count 0 begins at row 0 and so gives all of them."""
     ends = _ONNX.Constant(value_ints=[torch.iinfo(torch.int64).max])
@@ -125,6 +178,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch.onnx.export(custom_translation_table=...)."""
     return {
         torch.ops.modes_trace.skip_experts.default: _skip_experts,
+        torch.ops.modes_trace.score.default: _score,
         torch.ops.modes_trace.last_rows.default: _last_rows,
         torch.ops.aten.softmax.int: _softmax,
     }

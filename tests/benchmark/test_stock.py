@@ -15,11 +15,12 @@ from onnx import TensorProto, helper
 
 from modes_cli.benchmark import stock as stock_module
 from modes_cli.benchmark.stock import WEIGHTS, require_equal, stock_export
-from modes_cli.benchmark.stock_graph import router_logits, stock_graph
+from modes_cli.benchmark.stock_graph import stock_graph
 from modes_cli.calibration import calibrate
 from modes_cli.errors import UnknownLayout, WriteFailed
 from modes_cli.export import export_bundle
 from modes_cli.export.operator import DOMAIN
+from modes_cli.export.routing import fuse, router_logits
 from modes_cli.requests import ExportRequest
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.search import find_thresholds
@@ -155,18 +156,23 @@ NORMALISED = (
 @pytest.mark.parametrize(
     ("nodes", "expected"),
     [
-        ((SOFTMAX, TOP), ("logits", False)),
-        (NORMALISED, ("logits", True)),
-        (TOP_FIRST, ("logits", True)),
+        ((SOFTMAX, TOP), ("logits", False, True)),
+        (NORMALISED, ("logits", True, True)),
+        (TOP_FIRST, ("logits", True, False)),
         ((SIGMOID, TOP), None),
         ((SOFTMAX, SMALLEST), None),
     ],
 )
-def test_which_routing_the_operator_can_do_itself(nodes: tuple[Any, ...], expected: tuple[str, bool] | None) -> None:
+def test_which_routing_the_operator_can_do_itself(nodes: tuple[Any, ...], expected: tuple[str, bool, bool] | None) -> None:
     model = layer("silu", *nodes)
     node = next(node for node in model.graph if node.domain == DOMAIN)
     found = router_logits(node.inputs[2], node.inputs[1])  # type: ignore[arg-type]
-    assert (None if found is None else (found[0].name, found[1])) == expected
+    assert (None if found is None else (found.logits.name, found.normalised, found.softmax_first)) == expected
+    fuse(model, 2)  # the same of the node that takes its place
+    kinds = [other.op_type for other in model.graph if other.op_type in ("Route", "TopK")]
+    assert kinds == (["TopK"] if expected is None else ["Route"])
+    again = router_logits(node.inputs[2], node.inputs[1])  # type: ignore[arg-type]
+    assert (None if again is None else (again.logits.name, again.normalised, again.softmax_first)) == expected
 
 
 def test_what_the_stock_operator_lacks_is_refused() -> None:

@@ -32,6 +32,10 @@ class Overload:
         return ctypes.CFUNCTYPE(result, *arguments)(address)
 
     @property
+    def name(self) -> str:
+        return str(self.function(NAME, ctypes.c_char_p, P)(self.address).decode())
+
+    @property
     def provider(self) -> str:
         return str(self.function(PROVIDER, ctypes.c_char_p, P)(self.address).decode())
 
@@ -49,7 +53,8 @@ class FakeOrt:
     stream: int = STREAM
     fail: set[str] = field(default_factory=set)
     log: list[str] = field(default_factory=list)  # what was asked for memory, in order
-    overloads: list[Overload] = field(default_factory=list)
+    overloads: list[Overload] = field(default_factory=list)  # of SkipExperts
+    others: list[Overload] = field(default_factory=list)
     statuses: dict[int, tuple[int, str]] = field(default_factory=dict)  # not released yet
     memory: dict[int, Any] = field(default_factory=dict)  # not freed yet
     infos: dict[int, Tensor] = field(default_factory=dict)  # type infos not released yet
@@ -66,7 +71,7 @@ class FakeOrt:
             0: (P, (INT, ctypes.c_char_p), self._create_status),
             93: (None, (P,), lambda status: self.statuses.pop(status) and None),
             26: (P, (ctypes.c_char_p, ctypes.POINTER(P)), lambda name, out: self._give(out, 0x10)),
-            27: (P, (P, P), lambda domain, op: self.overloads.append(Overload(op))),
+            27: (P, (P, P), lambda domain, op: self._add(Overload(op))),
             28: (P, (P, P), lambda options, domain: None),
             85: (P, (P, ctypes.c_char_p, P), lambda *_: self._status(1, "no attribute")),
             86: (P, (P, ctypes.c_char_p, P), lambda *_: self._status(1, "no attribute")),
@@ -123,6 +128,9 @@ class FakeOrt:
         return not (self.memory or self.lent or self.infos or self.statuses)
 
     # -- the functions ----------------------------------------------------------------------------------------------
+
+    def _add(self, overload: Overload) -> None:
+        (self.overloads if overload.name == "SkipExperts" else self.others).append(overload)
 
     def _handle(self) -> int:
         self._handles += 16

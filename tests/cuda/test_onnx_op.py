@@ -242,7 +242,7 @@ def test_the_cpu_library_has_nothing_for_cuda(tmp_path: Path) -> None:
     path = libraries.library_path()
     assert path is not None
     made = registered(path, tmp_path)
-    assert {one.provider for one in made.overloads} == {CPU}
+    assert {one.provider for one in (*made.overloads, *made.others)} == {CPU}
     assert sorted(one.dtypes for one in made.overloads) == all_dtypes()
 
 
@@ -254,6 +254,7 @@ def test_the_cuda_library_has_overloads_for_every_provider(tmp_path: Path) -> No
     for provider in (CPU, CUDA, PLUGIN):
         assert sorted(one.dtypes for one in made.overloads if one.provider == provider) == all_dtypes()
     assert len(made.overloads) == 3 * len(all_dtypes())
+    assert [(one.name, one.provider) for one in made.others] == [("Route", CPU)]
 
 
 def test_the_cuda_library_computes_on_the_cpu_where_a_session_asks_for_it() -> None:

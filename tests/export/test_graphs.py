@@ -85,5 +85,6 @@ def test_decoder_interface(bundle: Path) -> None:
     assert shapes["present.0.key"] == ["batch", 2, "total", 16]
     assert {"tau", "logits_to_keep"} <= {t.name for t in graph.initializer}
     nodes = [node for node in graph.node if node.domain == "modes"]
-    assert [node.op_type for node in nodes] == ["SkipExperts"] * 3
+    assert [node.op_type for node in nodes] == ["Route", "SkipExperts"] * 3
+    assert not {"Softmax", "TopK"} & {node.op_type for node in graph.node}
     assert sum(node.op_type == "Attention" for node in graph.node) == 4

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from modes_cli.artifacts import Calibration
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadOption
+from modes_cli.export import bundle as bundle_module
 from modes_cli.export import export_bundle, graph
+from modes_cli.export.decoder import DecoderSpec
 from modes_cli.export.integrity import check_for_loading
 from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.export.verify import verify_bundle
@@ -125,7 +127,11 @@ def test_the_bundle_verifies(made: Path) -> None:
 
 def test_what_the_graph_gives_the_operator(made: Path, kind: str) -> None:
     decoder = onnx.load(made / "decoder.onnx", load_external_data=False).graph
-    nodes = [node for node in decoder.node if node.domain == "modes"]
+    nodes = [node for node in decoder.node if node.op_type == "SkipExperts"]
+    routes = {node.output[0]: list(node.input) for node in decoder.node if node.op_type == "Route"}
+    assert len(routes) == len(nodes) == len(MOE_LAYERS)
+    scored = {"predicted": 10, "salient": 12}.get(KINDS[kind].policy, 1)  # inputs of Route; otherwise it only routes
+    assert all(len(routes[node.input[1]]) == scored for node in nodes)
     held = {t.name: {e.key: e.value for e in t.external_data} for t in decoder.initializer if t.external_data}
     own = {name: place for name, place in held.items() if place["location"] == THRESHOLDS}
     if KINDS[kind].policy in ("topp", "predicted", "salient"):
@@ -135,6 +141,21 @@ def test_what_the_graph_gives_the_operator(made: Path, kind: str) -> None:
         assert all(len(node.input) == 8 for node in nodes)
         assert own == {}
     assert len(own) == {"predicted": 4, "salient": 6}.get(kind, 0) * len(MOE_LAYERS)
+
+
+def test_the_same_in_plain_nodes(base: Path, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs for where `modes::Route` has no kernel decide alike."""
+    fused = shared_kind(base, "salient")
+    monkeypatch.setattr(bundle_module, "DecoderSpec", lambda *values, route: DecoderSpec(*values))
+    export_bundle(ExportRequest(fused.parent, output=tmp_path / "plain"))
+    kinds = {node.op_type for node in onnx.load(tmp_path / "plain" / "decoder.onnx", load_external_data=False).graph.node}
+    assert "Route" not in kinds
+    assert {"TopK", "ReduceLogSumExp"} <= kinds
+    models = [OrtModel(folder, "cpu", threads=1) for folder in (fused, tmp_path / "plain")]
+    forced = torch.full((len(samples), STEPS), 7)
+    (logits, kept), (plain_logits, plain_kept) = (ask_ort(model, samples, forced, None) for model in models)
+    assert torch.equal(kept, plain_kept)
+    torch.testing.assert_close(logits, plain_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_an_export_that_is_there_is_not_made_again(base: Path) -> None:
