@@ -21,16 +21,13 @@ INTRODUCTION = """\
 
 `digits` at a target of 0.75, prefill with the vision tower and decode, by the commands in
 [bundle-digits.json](bundle-digits.json), which has all numbers, transformers' among them. MoE is the bundle's own decoder
-graph with com.microsoft.MoE in the place of every `modes::SkipExperts`; before it is timed its logits are compared with the
-bundle's at tau = 0. All runtimes have one thread, in one process, in turn; times are medians in milliseconds. Two runs each, on
-2 cores that other programs were using (load 6 to 9): the ratios hold within a run, the milliseconds and shares of the limit are
-those of a busy machine.
+graph with com.microsoft.MoE in the place of every `modes::SkipExperts` and of the `modes::Route` before it; before it is timed
+its logits are compared with the bundle's at tau = 0. All runtimes have one thread, in one process, in turn; times are medians
+in milliseconds. Ratios hold within a run; milliseconds and shares of the limit are those of the machine as it was.
 
-With the paper's policy the stock operator is slower everywhere, by 1.2 to 1.5 times. With what `auto` chose when this was
-measured (`predicted`, KL 0.0015 where the paper's policy has 0.063; there was no `salient` yet) it is slower in prefill, by 1.2
-to 1.6 times, but not in decode: 0.84 to 1.09 times. There `auto` kept five pairs of six, and its formula adds nodes to every
-layer, which this small model feels. `modes search --decode-target` asks for more in decode. Larger layers are in the
-[kernel benchmark](cpu-kernels.md).
+"""
+CLOSING = """
+Larger layers are in the [kernel benchmark](cpu-kernels.md).
 """
 
 
@@ -69,9 +66,9 @@ def commands(name: str, bench: Bench) -> list[str]:
 
 def page(groups: dict[str, list[Bench]]) -> str:
     """The tables, in markdown."""
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, *(f"{claim(name, benches)}\n" for name, benches in groups.items()), CLOSING]
     for name, benches in groups.items():
-        parts.append(f"\n## {'`auto`' if name == 'auto' else f'`--policy {name}`'}\n\n")
+        parts.append(f"\n## {title(name)}\n\n")
         parts.append("| phase | batch | skipped | MoE | modes, all experts | modes | over MoE, each run |\n")
         parts.append("| --- | --- | --- | --- | --- | --- | --- |\n")
         rows = {(case.phase, case.batch) for case in benches[0].cases}
@@ -79,6 +76,25 @@ def page(groups: dict[str, list[Bench]]) -> str:
             by_name = [{c.runtime: c for c in bench.cases if (c.phase, c.batch) == (phase, batch)} for bench in benches]
             parts.append(f"| {' | '.join([phase, str(batch), *_row(by_name)])} |\n")
     return "".join(parts)
+
+
+def title(name: str) -> str:
+    return "`auto`" if name == "auto" else f"`--policy {name}`"
+
+
+def claim(name: str, benches: list[Bench]) -> str:
+    """What the stock operator's times are to ours, over all runs and batches."""
+    found = {phase: over_stock(benches, phase) for phase in ("prefill", "decode")}
+    slower = min(map(min, found.values())) > 1
+    ranges = (f"{min(ratios):.2f} to {max(ratios):.2f} times in {phase}" for phase, ratios in found.items())
+    verdict = "slower everywhere" if slower else "not slower everywhere"
+    return f"- {title(name)}, {len(benches)} runs: the stock operator is {verdict}; it takes {' and '.join(ranges)}."
+
+
+def over_stock(benches: list[Bench], phase: str) -> list[float]:
+    """Of every run and batch: the stock operator's time in units of the bundle's own."""
+    cases = [case for bench in benches for case in bench.cases if (case.runtime, case.phase) == (OURS, phase)]
+    return [case.over_stock for case in cases if case.over_stock is not None]
 
 
 def _row(runs: list[dict[str, Case]]) -> list[Any]:
