@@ -17,7 +17,7 @@ from modes_cli.export.grouped import GroupedCache, RealFirst
 from modes_cli.export.skeleton import keep_only
 from modes_cli.export.thresholds import PREFIX
 from modes_cli.models.blocks import MoEBlock
-from modes_cli.models.groups import GROUPS, TokenGroups, groups_by_id, last_real, with_decode
+from modes_cli.models.groups import AUDIO, GROUPS, SPECIAL, VISION, TokenGroups, groups_at_once, last_real, with_decode
 from modes_cli.skipping import pairs
 from modes_cli.skipping.contribution import Pairs
 from modes_cli.skipping.formula import Formula
@@ -85,9 +85,11 @@ class Decoder(nn.Module):
         self.group: Tensor | None = None
         self.thresholds: Tensor | None = None
         self.kept: list[Tensor] = []
-        self.register_buffer("vision_ids", torch.tensor(spec.tokens.vision_ids, dtype=torch.int64), persistent=False)
-        self.register_buffer("special_ids", torch.tensor(spec.tokens.special_ids, dtype=torch.int64), persistent=False)
-        self.register_buffer("audio_ids", torch.tensor(spec.tokens.audio_ids, dtype=torch.int64), persistent=False)
+        tokens = spec.tokens
+        by_group = {VISION: tokens.vision_ids, SPECIAL: tokens.special_ids, AUDIO: tokens.audio_ids}  # no id is in two
+        known = {token: number for number, ids in by_group.items() for token in ids}
+        self.register_buffer("known_ids", torch.tensor([*known], dtype=torch.int64), persistent=False)
+        self.register_buffer("known_groups", torch.tensor([*known.values()], dtype=torch.int32), persistent=False)
         self.register_buffer("never", torch.tensor([float("inf")]), persistent=False)
         self.formula = spec.rule.contribution
         if self.formula is not None:
@@ -177,9 +179,8 @@ class Decoder(nn.Module):
 
     def _groups(self, input_ids: Tensor, valid: Tensor) -> Tensor:
         """[B, S] int32."""
-        group = groups_by_id(input_ids, *(self.get_buffer(f"{kind}_ids") for kind in ("vision", "special", "audio")))
-        group = with_decode(group, last_real(valid))
-        return torch.where(valid, group, PADDING).to(torch.int32)
+        group = groups_at_once(input_ids, self.get_buffer("known_ids"), self.get_buffer("known_groups"))
+        return torch.where(valid, with_decode(group, last_real(valid)), torch.tensor(PADDING, dtype=torch.int32))
 
 
 def _parts(formula: Formula, mode: FakeTensorMode) -> nn.Module:

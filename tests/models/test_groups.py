@@ -17,6 +17,8 @@ from modes_cli.models.groups import (
     TEXT,
     VISION,
     TokenGroups,
+    groups_at_once,
+    groups_by_id,
     last_real,
     token_groups,
     with_decode,
@@ -138,3 +140,15 @@ def test_the_built_in_model_tells_images_and_chat_markers_apart(digits: Loaded) 
     assert digits.tokens.of(torch.tensor(ids)).tolist() == [VISION, VISION, SPECIAL, SPECIAL]
     assert digits.tokens.of(torch.tensor(marks)).tolist() == [SPECIAL] * 3
     assert digits.tokens.of(torch.tensor(words)).tolist() == [TEXT] * len(words)
+
+
+def test_at_once_and_list_by_list() -> None:
+    ids, lists = torch.arange(20).reshape(2, 10), ((3, 4), (0, 17, 30), (9,))  # vision, special, audio
+    expected = groups_by_id(ids, *(torch.tensor(own) for own in lists))
+    known = torch.tensor([token for own in lists for token in own])
+    numbers = torch.tensor([number for number, own in zip((VISION, SPECIAL, AUDIO), lists, strict=True) for _ in own])
+    found = groups_at_once(ids, known, numbers.int())
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert torch.equal(groups_at_once(ids, nothing, nothing.int()), groups_by_id(ids, nothing, nothing, nothing))
