@@ -24,7 +24,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype = torch.float32) ->
     if device.type == "cuda":
         bandwidth = max(bandwidth, copy_rate(size // 2, device))
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         peak_flops=product_rate(side, side, side, device, dtype),
@@ -32,7 +32,8 @@ def measure_machine(device: torch.device, dtype: torch.dtype = torch.float32) ->
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
