@@ -1,21 +1,18 @@
 """Where artifacts live. Reads validate before anything is used; writes are all or nothing."""
 
 import hashlib
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 
-from modes_cli import files
+from modes_cli import files, strict_json
 from modes_cli.artifacts.base import Artifact, Strict, TensorFile, first_difference
 from modes_cli.errors import BadArtifact, MissingArtifact, StaleArtifact
 
 JSON_LIMIT = 64 << 20  # bytes; the largest artifact of a 1,000-layer model is far below
 DEFAULT = "modes-run"
-_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 A = TypeVar("A", bound=Artifact)
 S = TypeVar("S", bound=Strict)
@@ -25,29 +22,15 @@ def read_json(path: Path, model: type[S]) -> S:
     """A validated artifact from a JSON file.
 
     Raises:
-        BadArtifact: too large, not UTF-8, not JSON, a wrong, missing or unknown field. Names the offset or the field.
+        BadArtifact: too large, not UTF-8, not JSON, a wrong, missing, unknown or repeated field. Names the place.
     """
-    text = files.read_text(path, JSON_LIMIT)
+    tree = strict_json.read(path, JSON_LIMIT)
     try:
-        tree = json.loads(text, parse_constant=lambda name: _refuse_constant(name))
-    except json.JSONDecodeError as error:
-        raise BadArtifact(str(path), f"line {error.lineno} column {error.colno}", f"not JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise BadArtifact(str(path), "nesting", "too deep") from error
-    except ValueError as error:
-        raise BadArtifact(str(path), "number", str(error)) from error
-    if "\\u" in text and (half := _HALF_A_CHARACTER.search(json.dumps(tree, ensure_ascii=False))):
-        raise BadArtifact(str(path), "text", f"`{ascii(half[0])[1:-1]}` is half a character")
-    try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, strict=True)  # `"16"` is no number, and 16.5 no count
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise BadArtifact(str(path), f"field `{field}`", str(first["msg"])) from error
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"`{name}` is not a finite number")
 
 
 class RunFolder:
@@ -107,9 +90,10 @@ class RunFolder:
         return f"modes {kind.COMMAND}{argument}{self.option}"
 
     def write(self, artifact: Artifact) -> Path:
-        """Write an artifact under its file name; the same content gives the same bytes."""
-        path = self.file(artifact.FILE)
-        files.write_bytes(path, files.canonical_json(artifact.model_dump(mode="json")).encode())
+        """Write an artifact under its file name; the same content gives the same bytes. What nobody could read is refused."""
+        path, tree = self.file(artifact.FILE), artifact.model_dump(mode="json")
+        type(artifact).model_validate(tree, strict=True)
+        files.write_bytes(path, files.canonical_json(tree).encode())
         return path
 
     def write_tensors(self, name: str, data: bytes, kind: type[Artifact]) -> TensorFile:

@@ -1,12 +1,15 @@
 """calibration.json: layer importance (MoDES eq. 2). Routing scores and reference distributions: calibration.safetensors."""
 
+import re
 from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from modes_cli.artifacts.base import Artifact, Count, NonNegative, Positive, Strict, TensorFile
+from modes_cli.artifacts.semantics import require_known, require_once, require_rising, require_some_of
 
 SUM_TOLERANCE = 1e-6
+LAYER = re.compile(r"0|[1-9][0-9]{0,5}")  # a decoder layer's number, as a key
 # Of pixels and question: the first 64 bits of a SHA-256, to tell whether `evaluate` scores what was calibrated on.
 SampleDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
@@ -61,4 +64,16 @@ class Calibration(Artifact):
             raise ValueError(f"sample_digests has {len(self.sample_digests)} entries, samples is {self.samples}")
         if sum(layer.all for layer in self.importance.values()) == 0:
             raise ValueError("importance is 0 in every layer")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "Calibration":
+        if wrong := [layer for layer in self.importance if not LAYER.fullmatch(layer)]:
+            raise ValueError(f"importance names `{wrong[0][:80]}`, which is no layer")
+        require_rising("layers of importance", [int(layer) for layer in self.importance])
+        require_some_of("top_k", self.top_k, "experts", self.experts)
+        require_once("groups", self.groups)
+        require_known("tokens", self.tokens, self.groups)
+        if self.samples != self.data.samples:
+            raise ValueError(f"samples is {self.samples}, data.samples {self.data.samples}")
         return self

@@ -2,9 +2,10 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modes_cli.artifacts.base import Artifact, Count, NonNegative, Positive, Ratio, Sha256, Strict
+from modes_cli.artifacts.semantics import require_close, require_some_of
 
 
 class TaskAccuracy(Strict):
@@ -22,6 +23,12 @@ class Interval(Strict):
 
     low: NonNegative
     high: NonNegative
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> "Interval":
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low!r}, more than high, {self.high!r}")
+        return self
 
 
 class ChangedAnswer(Strict):
@@ -93,3 +100,10 @@ class Evaluation(Artifact):
     full_seconds: NonNegative
     skipped_seconds: NonNegative
     overlap: Count | None = None  # samples that were calibrated on too; None: it is not known which those are
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "Evaluation":
+        require_close("retained", self.retained, "skipped / full is", self.skipped / self.full if self.full else 0.0)
+        if self.overlap is not None:
+            require_some_of("overlap", self.overlap, "data.samples", self.data.samples)
+        return self

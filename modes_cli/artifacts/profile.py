@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from modes_cli.artifacts.base import Artifact, Count, Finite, NonNegative, Positive, Strict
+from modes_cli.artifacts.semantics import ROUNDING, require_rising, require_some_of
 
 
 class LayerProfile(Strict):
@@ -31,3 +32,17 @@ class Profile(Artifact):
     expert_parameters: Positive
     layers: list[LayerProfile] = Field(min_length=1)
     tokens: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "Profile":
+        require_some_of("top_k", self.top_k, "experts", self.experts)
+        require_some_of("expert_parameters", self.expert_parameters, "parameters", self.parameters)
+        if len(self.layers) != self.moe_layers:
+            raise ValueError(f"there are {len(self.layers)} layers, moe_layers is {self.moe_layers}")
+        require_rising("layers", [layer.layer for layer in self.layers])
+        for layer in self.layers:
+            for name, most in (("expert_usage_entropy", 1.0), ("update_angle", 180.0), ("pi_top1", 1.0)):
+                for group, value in getattr(layer, name).items():
+                    if not -ROUNDING <= value <= most + ROUNDING:
+                        raise ValueError(f"{name} of `{group}` in layer {layer.layer} is {value!r}, outside 0..{most:g}")
+        return self

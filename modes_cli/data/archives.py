@@ -20,6 +20,7 @@ from modes_cli.errors import BadData, first_line
 from modes_cli.files import failing_clearly
 
 MAX_MEMBER_BYTES = 2 << 30
+MAX_RATIO = 100  # of unpacked to packed bytes; a video hardly packs at all, and zeros reach 1,030
 PIECE = 1 << 20
 PLAIN = re.compile(r"[\w-][\w.-]*")
 ENCRYPTED = 0x1  # flag bit of a member
@@ -82,6 +83,8 @@ class Archives:
             raise Unusable(f"is encrypted in `{place}`")
         if member.file_size > MAX_MEMBER_BYTES:
             raise Unusable(f"has {member.file_size} bytes, the limit is {MAX_MEMBER_BYTES}")
+        if member.file_size > MAX_RATIO * member.compress_size + PIECE:
+            raise Unusable(f"unfolds from {member.compress_size} to {member.file_size} bytes, as no video does")
         with tempfile.TemporaryFile() as file:
             try:
                 with archive.open(member) as source:

@@ -14,6 +14,7 @@ ANSWER_COLUMNS = ("answer", "answers", "label")
 TASK_COLUMNS = ("task", "question_type", "category")
 ID_COLUMNS = ("question_id", "id")
 MAX_IMAGES = 256  # per sample
+MAX_PIXELS = 1 << 30  # of all images of a sample, which are in memory together; 256 frames of 1080p are half of it
 
 Row = dict[str, Any]
 Reader = Callable[[str], bytes]  # the bytes of an image that a row names; raises Unusable
@@ -32,13 +33,17 @@ class RawSample:
 
     def decode(self) -> Sample:
         """Raises Unusable, naming the image where there is more than one."""
-        images = []
+        images, pixels = [], 0
         for number, data in enumerate(self.images, 1):
             try:
                 images.append(decode_image(data))
             except Unusable as error:
                 name = "the image" if len(self.images) == 1 else f"image {number} of {len(self.images)}"
                 raise Unusable(f"{name} {error}", hint=error.hint) from error
+            pixels += images[-1].width * images[-1].height
+            if pixels > MAX_PIXELS:
+                reached = f"the first {number} of {len(self.images)} images"
+                raise Unusable(f"{reached} have {pixels} pixels, the limit is {MAX_PIXELS}", hint="make them smaller")
         return Sample(self.id, tuple(images), self.question, self.answer, self.task)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+import pyarrow.compute as pc  # type: ignore[import-untyped,unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 
 from modes_cli.data.images import Unusable
@@ -16,6 +17,7 @@ from modes_cli.errors import BadData
 MAX_LINE = 16 << 20  # bytes of one .jsonl line
 HEAD = 64  # lines that are looked at for column names
 BATCH = 16  # parquet rows in memory at a time: they may hold images
+MAX_ROW_BYTES = 1 << 30  # of one parquet row, unfolded
 
 
 class Table(Protocol):
@@ -106,6 +108,9 @@ class Parquet:
                 groups = range(file.metadata.num_row_groups)
                 self._groups = [file.metadata.row_group(group).num_rows for group in groups]
                 self._columns = [str(name) for name in file.schema_arrow.names]
+                # Kept as numbers of entries in a dictionary: a value that stands in many rows is in memory once.
+                leaves = (file.schema.column(number) for number in range(len(file.schema)))
+                self._texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(error) from error
 
@@ -127,12 +132,12 @@ class Parquet:
     def rows(self, indices: Iterable[int], columns: list[str]) -> Iterator[tuple[int, Row | Unusable]]:
         """Raises BadData where the file turns out to be damaged."""
         try:
-            with pq.ParquetFile(self._path, pre_buffer=False) as file:
+            with pq.ParquetFile(self._path, pre_buffer=False, read_dictionary=self._texts) as file:
                 yield from self._walk(file, indices, columns)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
             raise self._damaged(error) from error
 
-    def _walk(self, file: Any, indices: Iterable[int], columns: list[str]) -> Iterator[tuple[int, Row]]:
+    def _walk(self, file: Any, indices: Iterable[int], columns: list[str]) -> Iterator[tuple[int, Row | Unusable]]:
         batch: Any = None
         group = first = past = end = 0  # the batch holds rows first..past-1 of a group that ends before `end`
         batches: Iterator[Any] = iter(())
@@ -146,7 +151,12 @@ class Parquet:
                 if batch is None:
                     raise OSError(f"row group {group} ends before row {index}")
                 first, past = past, past + batch.num_rows
-            yield index, batch.slice(index - first, 1).to_pylist()[0]
+            row = batch.slice(index - first, 1)
+            size = sum(_unfolded(column) for column in row.columns)
+            if size > MAX_ROW_BYTES:
+                yield index, Unusable(f"the row has {size} bytes, the limit is {MAX_ROW_BYTES}")
+            else:
+                yield index, row.to_pylist()[0]
 
     def _group_of(self, index: int) -> tuple[int, int]:
         """The row group that holds a row, and its first row."""
@@ -156,3 +166,16 @@ class Parquet:
                 return group, first
             first += rows
         raise IndexError(index)
+
+
+def _unfolded(array: Any) -> int:
+    """How many bytes the values of an Arrow array take once each stands for itself."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return int(pc.sum(pc.cast(lengths, pa.int64())).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(_unfolded(field) for field in array.flatten())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _unfolded(array.flatten())
+    return int(array.nbytes)

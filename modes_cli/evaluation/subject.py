@@ -12,11 +12,12 @@ from modes_cli.artifacts.bundle import FILE as BUNDLE_FILE
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.data.sample import Sample
 from modes_cli.errors import BadOption
+from modes_cli.export.integrity import check_for_loading
 from modes_cli.models.checkpoint import checkpoint_folder
 from modes_cli.models.groups import SKIPPABLE
 from modes_cli.models.loading import pick_device
 from modes_cli.requests import EvaluateRequest, ModelSpec
-from modes_cli.run_folder import RunFolder, read_json
+from modes_cli.run_folder import RunFolder
 from modes_cli.runtime.answers import Answers
 from modes_cli.search.calibrated import model_spec
 from modes_cli.search.selection import found_in, select
@@ -110,7 +111,7 @@ def _bundle(request: EvaluateRequest, run: RunFolder, folder: Path) -> Subject:
         )
     if not (folder / BUNDLE_FILE).is_file():
         raise BadOption(f"`{folder}` is no bundle: it has no {BUNDLE_FILE}", hint="`modes export` makes one")
-    bundle = read_json(folder / BUNDLE_FILE, Bundle)
+    bundle = check_for_loading(folder)
     point = point_of(bundle, request.target, request.decode_target)
 
     def open_it() -> Answer:

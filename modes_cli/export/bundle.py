@@ -17,6 +17,7 @@ from modes_cli.artifacts import Bundle, Thresholds
 from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.base import flatten
 from modes_cli.artifacts.bundle import BundleFile
+from modes_cli.artifacts.provenance import Provenance
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadOption, KernelError, ModesError, WriteFailed
 from modes_cli.export import attention, grouped, skeleton, weights
@@ -36,6 +37,7 @@ from modes_cli.export.integrity import (
 )
 from modes_cli.export.linking import link
 from modes_cli.export.plan import Plan, make_plan, require_exportable
+from modes_cli.export.provenance import gather
 from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.export.unfinished import LIST, UnfinishedBundle, discard, folder_of
 from modes_cli.export.vision import export_vision
@@ -80,7 +82,8 @@ def _export(request: ExportRequest, run: RunFolder, output: Path) -> Exported:
     spec = model_spec(calibration, "cpu", request.trust_remote_code)
     _require_calibrated(request.quantize, spec, run)
     rule = from_result(result, Measured(calibration, run))
-    if not request.fresh and (same := _same(output, thresholds, result, rule, request.format, spec.quantize)) is not None:
+    provenance = gather(request, run, thresholds, spec.quantize, _libraries() if request.format == "onnx" else {})
+    if not request.fresh and (same := _same(output, thresholds, result, rule, request.format, provenance)) is not None:
         discard(folder_of(output))
         return Exported(same, output, peak_rss(), _notes(same))
     require_current(run, calibration, spec)
@@ -95,7 +98,7 @@ def _export(request: ExportRequest, run: RunFolder, output: Path) -> Exported:
     try:
         files.replace_folder(
             output,
-            lambda folder: notes.extend(_fill(folder, plan, request, unfinished)),
+            lambda folder: notes.extend(_fill(folder, plan, request, unfinished, provenance)),
             begun=unfinished.folder,
             ready=unfinished.close,
         )
@@ -137,7 +140,7 @@ def _require_calibrated(quantize: str | None, spec: ModelSpec, run: RunFolder) -
 
 
 def _same(
-    output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule, format: str, quantize: str | None
+    output: Path, thresholds: Thresholds, result: SearchResult, rule: Rule, format: str, provenance: Provenance
 ) -> Bundle | None:
     """The bundle that is there, if it is whole and is what would be written."""
     try:
@@ -146,20 +149,18 @@ def _same(
     except ModesError:
         return None
     found = (there.model, there.calibration_data, there.versions, there.format)
-    if quantize != (there.quantization and there.quantization.scheme):
+    if there.provenance != provenance:  # other kernels, options, versions or source: what would be written says so
         return None
     chosen = (there.policy, there.parameters, there.target, there.decode_target, there.tau)
     if found != (thresholds.model, thresholds.data, versions(), format):
         return None
     if chosen != (result.policy, result.parameters, result.target, result.decode_target, result.tau):
         return None
-    if format == "onnx":  # kernels that were built again, or for CUDA now, belong in the bundle
-        digests = {file.path: file.sha256 for file in there.files}
-        if any(digests.get(name) != files.sha256(library) for name, library in _libraries().items()):
-            return None
-        expected = {genai.CONFIG, *((HALF_DECODER,) if there.model.dtype != "float32" and quantize is None else ())}
-        if there.family in RUNS and expected - digests.keys():  # written by a version that made no such files
-            return None
+    if format == "onnx":
+        listed = {file.path for file in there.files}
+        half = there.model.dtype != "float32" and there.quantization is None
+        if there.family in RUNS and {genai.CONFIG, *((HALF_DECODER,) if half else ())} - listed:
+            return None  # written by a version that made no such files
     return there if stored.key == rule.key else None
 
 
@@ -192,7 +193,7 @@ def _notes(there: Bundle) -> tuple[str, ...]:
     return () if runs else (genai.obstacle(there.family),)
 
 
-def _fill(folder: Path, plan: Plan, request: ExportRequest, unfinished: UnfinishedBundle) -> list[str]:
+def _fill(folder: Path, plan: Plan, request: ExportRequest, unfinished: UnfinishedBundle, provenance: Provenance) -> list[str]:
     """Write everything that is not there yet; what people should be told."""
     kept = dict(unfinished.files)
     notes: list[str] = []
@@ -216,14 +217,17 @@ def _fill(folder: Path, plan: Plan, request: ExportRequest, unfinished: Unfinish
             for name, library in _libraries().items():
                 shutil.copyfile(library, folder / name)
     digests = {file.path: file for file in written.result()}
-    bundle = describe_bundle(plan, request.format, list(digests.values()))
+    described = provenance.model_copy(update={"kernels": []})  # which are not listed yet
+    bundle = describe_bundle(plan, request.format, described, list(digests.values()))
     if onnx and (note := genai.write(folder, plan, bundle)):
         notes.append(note)
     for path in sorted(folder.iterdir()):
         if path.name not in digests and path.name != LIST:
             digests[path.name] = _listed(path)
-    bundle = bundle.model_copy(update={"files": [digests[name] for name in sorted(digests)]})
-    (folder / artifact.FILE).write_text(files.canonical_json(bundle.model_dump(mode="json")), "utf-8")
+    listed = [digests[name] for name in sorted(digests)]
+    tree = bundle.model_copy(update={"files": listed, "provenance": provenance}).model_dump(mode="json")
+    Bundle.model_validate(tree, strict=True)
+    (folder / artifact.FILE).write_text(files.canonical_json(tree), "utf-8")
     return notes
 
 

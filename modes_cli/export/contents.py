@@ -7,6 +7,7 @@ from pathlib import Path
 from modes_cli import files
 from modes_cli.artifacts import Bundle
 from modes_cli.artifacts.bundle import BundleFile, DecoderInfo, OperatingPoint, Quantization
+from modes_cli.artifacts.provenance import Provenance
 from modes_cli.artifacts.thresholds import SearchResult
 from modes_cli.errors import BadModel
 from modes_cli.export.decoder import cache_shape
@@ -48,7 +49,7 @@ def thresholds_bytes(plan: Plan) -> bytes:
     return rule_bytes(plan.rule, metadata)
 
 
-def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle:
+def describe_bundle(plan: Plan, format: str, provenance: Provenance, listed: list[BundleFile]) -> Bundle:
     text, result = plan.config.get_text_config(), plan.result
     family = plan.family
     alike = [r for r in plan.thresholds.results if (r.policy, r.parameters) == (result.policy, result.parameters)]
@@ -60,6 +61,7 @@ def describe_bundle(plan: Plan, format: str, listed: list[BundleFile]) -> Bundle
         family=plan.config.model_type,
         calibration_data=plan.thresholds.data,
         versions=versions(),
+        provenance=provenance,
         format="onnx" if format == "onnx" else "safetensors",
         quantization=None if plan.scheme is None else Quantization.model_validate({"scheme": plan.scheme.name, "block": BLOCK}),
         policy=result.policy,

@@ -1,5 +1,6 @@
 """Whether a bundle's files are what bundle.json says. Loading and `modes verify` share these checks."""
 
+import contextlib
 import hmac
 import stat
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from modes_cli.errors import BadArtifact
 from modes_cli.export.packing import check_packed
 from modes_cli.export.safetensors_header import Entry, merged, read_header
 from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
+from modes_cli.export.watching import Watch, walk
 from modes_cli.run_folder import read_json
 
 LIBRARY, CUDA_LIBRARY = "libmodes_cpu.so", "libmodes_cuda.so"  # the second where `modes export` found one
@@ -42,7 +44,7 @@ def is_weights(name: str) -> bool:
 
 
 def require_file(path: Path) -> int:
-    """The size of a regular file that is no link.
+    """The size of a regular file that has no other name.
 
     Raises:
         BadArtifact: it is missing, or something else.
@@ -56,6 +58,13 @@ def require_file(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise BadArtifact(
             str(path), "file", "a link, not a file of its own" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+        )
+    if status.st_nlink > 1:  # ONNX refuses such weights as well
+        raise BadArtifact(
+            str(path),
+            "file",
+            f"has {status.st_nlink} names (hard links): whoever has another one can change it after it was checked",
+            hint="copy the folder; `cp -l` and `rsync --link-dest` make links",
         )
     return status.st_size
 
@@ -73,7 +82,11 @@ def check_size(folder: Path, file: BundleFile) -> None:
 
 def check_digest(folder: Path, file: BundleFile) -> None:
     """Raises BadArtifact if a file's bytes are not those that bundle.json names."""
-    if not hmac.compare_digest(files.sha256(folder / file.path), file.sha256):
+    try:
+        found = files.sha256(folder / file.path)
+    except OSError as error:
+        raise BadArtifact(str(folder / file.path), "file", error.strerror or "cannot be read") from error
+    if not hmac.compare_digest(found, file.sha256):
         raise BadArtifact(str(folder / file.path), "SHA-256", "differs from the one in bundle.json")
 
 
@@ -81,18 +94,14 @@ def check_extra(folder: Path, bundle: Bundle) -> None:
     """Raises BadArtifact if the folder holds anything that bundle.json does not list."""
     listed = {file.path for file in bundle.files} | {artifact.FILE}
     folders = {str(parent) for name in listed for parent in Path(name).parents}
-    for path in _walk(folder):
+    try:
+        there = list(walk(folder))
+    except OSError as error:
+        raise BadArtifact(str(error.filename or folder), "file", error.strerror or "cannot be read") from error
+    for path in there:
         name = path.relative_to(folder).as_posix()
         if name not in listed and not (name in folders and not path.is_symlink()):
             raise BadArtifact(str(path), "file", "not listed in bundle.json")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Everything below a folder; links are named, not followed."""
-    for path in sorted(folder.iterdir()):
-        yield path
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
 
 
 def weight_headers(folder: Path, bundle: Bundle) -> dict[str, Entry]:
@@ -135,6 +144,20 @@ def check_for_loading(folder: Path) -> Bundle:
         check_size(folder, file)
         if not is_weights(file.path):
             check_digest(folder, file)
+    check_extra(folder, bundle)  # transformers would take an adapter, a template or code that merely lies there
     weight_headers(folder, bundle)
     read_rule(folder, bundle)
     return bundle
+
+
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[Bundle]:
+    """A bundle that was checked for loading, to be loaded in the block. What is then made of it counts only if nothing in the
+    folder has changed since before the check.
+
+    Raises:
+        BadArtifact: as `check_for_loading`, or something has changed meanwhile.
+    """
+    watch = Watch(folder)
+    yield check_for_loading(folder)
+    watch.require_unchanged()

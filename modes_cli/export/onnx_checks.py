@@ -38,6 +38,8 @@ def check_graph(path: Path, weights: Mapping[str, Entry]) -> str:
         raise BadArtifact(
             str(path), "functions", f"`{model.functions[0].name[:80]}` is defined in the file; no functions are expected"
         )
+    if model.training_info:
+        raise BadArtifact(str(path), "training_info", "a graph that answers has none")
     for opset in model.opset_import:
         if opset.version not in DOMAINS.get(opset.domain, ()):
             raise BadArtifact(
@@ -52,6 +54,9 @@ def check_graph(path: Path, weights: Mapping[str, Entry]) -> str:
                 raise BadArtifact(
                     str(path), f"node `{node.name[:80]}`", f"operator `{node.domain[:40]}::{node.op_type[:40]}` is not expected"
                 )
+            if inner := next((a.name for a in node.attribute if a.HasField("g") or a.graphs), None):
+                problem = f"operator `{node.op_type[:40]}` runs a graph of its own (`{inner[:40]}`): it may never end"
+                raise BadArtifact(str(path), f"node `{node.name[:80]}`", problem)
     places = {(entry.file.name, str(entry.start), str(entry.length)): entry for entry in weights.values()}
     linked = sum(_check_tensor(path, tensor, places) for tensor in _tensors(model.graph))
     try:

@@ -4,14 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from modes_cli import files
+from modes_cli import files, strict_json
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, ModesError
 from modes_cli.export import integrity
 from modes_cli.export.genai import folder as genai
 from modes_cli.export.packing import check_scales
+from modes_cli.export.provenance import here
 from modes_cli.export.safetensors_header import Entry
 from modes_cli.export.thresholds import layer_entries, read_rule
+from modes_cli.export.watching import Watch
 from modes_cli.requests import Check
 
 INDEX = "model.safetensors.index.json"
@@ -21,6 +23,7 @@ _JSON_LIMIT = 64 << 20
 def verify_bundle(folder: Path) -> list[Check]:
     """Look at all of a bundle. A check that fails says which file, and where in it; the rest is still looked at."""
     checks: list[Check] = []
+    watch = Watch(folder)
 
     def run(name: str, check: Callable[[], str]) -> bool:
         try:
@@ -53,6 +56,7 @@ def verify_bundle(folder: Path) -> list[Check]:
             run("session", lambda: _session(folder, bundle))
     elif genai_too:
         run(genai.CONFIG, lambda: genai.check(folder, bundle))
+    run("unchanged", lambda: _unchanged(watch))
     return checks
 
 
@@ -83,17 +87,13 @@ def _weights(folder: Path, bundle: Bundle, tensors: dict[str, Entry]) -> str:
     tensors |= integrity.weight_headers(folder, bundle)
     index = folder / INDEX
     integrity.require_file(index)
-    try:
-        listed = json.loads(files.read_text(index, _JSON_LIMIT))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadArtifact(str(index), "field `weight_map`", "missing, or not JSON") from error
+    tree = strict_json.read(index, _JSON_LIMIT)
+    listed = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(listed, dict):
+        raise BadArtifact(str(index), "field `weight_map`", "missing")
     actual = {name: entry.file.name for name, entry in tensors.items()}
     if listed != actual:
-        different = (
-            sorted(listed.items() ^ actual.items())[0][0]
-            if isinstance(listed, dict) and all(isinstance(v, str) for v in listed.values())
-            else "all"
-        )
+        different = sorted(listed.items() ^ actual.items())[0][0] if all(isinstance(v, str) for v in listed.values()) else "all"
         raise BadArtifact(str(index), f"tensor `{different[:200]}`", "is not in the file that the index names")
     experts = [entry for entry in tensors.values() if len(entry.shape) == 3]
     least = min((entry.start & -entry.start for entry in experts), default=0)
@@ -117,21 +117,39 @@ def _graph(path: Path, tensors: dict[str, Entry]) -> str:
 
 
 def _kernels(folder: Path, bundle: Bundle) -> str:
-    """The libraries' digests have been compared with bundle.json; here with those that are installed and will run."""
+    """The libraries' digests have been compared with bundle.json; here with those that are installed and will run.
+
+    Raises:
+        BadArtifact: a library is not for the platform that it is said to be for, or for this one and not the installed one.
+    """
     from modes_cli.runtime import libraries
 
     found = []
-    for name in (integrity.LIBRARY, integrity.CUDA_LIBRARY):
-        listed = next((file.sha256 for file in bundle.files if file.path == name), None)
-        path = libraries.library_path(name)
+    for kernel in bundle.provenance.kernels:
+        built = libraries.platform_of(folder / kernel.file)
+        if built != kernel.platform:
+            problem = f"is built for {built}; bundle.json says {kernel.platform}"
+            raise BadArtifact(str(folder / kernel.file), "library", problem)
+        path = libraries.library_path(kernel.file)
         if path is None:
-            if listed is not None:
-                found.append(f"the bundle's {name} will run; none is installed")
-        elif listed == files.sha256(path):
-            found.append(f"the installed {name} is the bundle's")
+            found.append(f"the bundle's {kernel.file} will run; none is installed")
+        elif built != here():
+            found.append(f"the installed {kernel.file} will run; the bundle's is for {built}")
+        elif kernel.sha256 != files.sha256(path):
+            raise BadArtifact(
+                str(folder / kernel.file), "SHA-256", f"differs from that of the installed `{path}` for the same platform"
+            )
         else:
-            found.append(f"the installed {name} will run " + ("instead of the bundle's" if listed else "; the bundle has none"))
+            found.append(f"the installed {kernel.file} is the bundle's")
+    listed = {kernel.file for kernel in bundle.provenance.kernels}
+    others = [name for name in (integrity.LIBRARY, integrity.CUDA_LIBRARY) if name not in listed]
+    found += [f"the installed {name} will run; the bundle has none" for name in others if libraries.library_path(name)]
     return "; ".join(found)
+
+
+def _unchanged(watch: Watch) -> str:
+    watch.require_unchanged()
+    return "no file changed while all this was checked"
 
 
 def _session(folder: Path, bundle: Bundle) -> str:

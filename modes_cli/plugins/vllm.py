@@ -154,14 +154,14 @@ def _warm(behind: Any, bundle: Any, device: Any) -> None:
 def _read_bundle() -> tuple[Any, Any, Any]:
     from pathlib import Path
 
-    from modes_cli.export.integrity import check_for_loading
+    from modes_cli.export.integrity import loading
     from modes_cli.export.thresholds import read_rule
     from modes_cli.models.groups import bundled_groups
     from modes_cli.options import parse_tau
 
     folder = Path(os.environ[BUNDLE])
-    bundle = check_for_loading(folder)
-    rule = read_rule(folder, bundle)
+    with loading(folder) as bundle:
+        rule = read_rule(folder, bundle)
     tau = parse_tau([entry for entry in os.environ.get(TAU, "").split(",") if entry])
     return bundle, rule if tau is None else rule.with_tau(tau), bundled_groups(bundle)
 

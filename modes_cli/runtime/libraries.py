@@ -5,11 +5,16 @@ the CPU kernels too, and loads on machines without a GPU.
 """
 
 import ctypes
+import fcntl
 import functools
+import hashlib
+import hmac
+import os
+import struct
 from pathlib import Path
 
 import modes_cli
-from modes_cli.errors import KernelError
+from modes_cli.errors import BadArtifact, KernelError
 from modes_cli.runtime import interface
 
 CPU, CUDA = "libmodes_cpu.so", "libmodes_cuda.so"
@@ -33,6 +38,36 @@ def library_path(name: str = CPU) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of the ELF header
+
+
+def platform_of(path: Path) -> str:
+    """What a library is built for, by its own header: `linux-x86_64`, or what else it is in words."""
+    with path.open("rb") as file:
+        header = file.read(20)
+    if len(header) < 20 or header[:4] != b"\x7fELF" or header[4:6] != b"\x02\x01":  # 64 bits, little-endian
+        return "no Linux machine of 64 bits"
+    (kind, machine) = struct.unpack("<HH", header[16:20])
+    return f"linux-{MACHINES.get(machine, f'machine-{machine}')}" if kind == 3 else "something else than a library"
+
+
+@functools.cache
+def sealed_copy(path: Path, sha256: str) -> Path:
+    """A copy of a library in memory that nobody can change, once its digest was compared: what was digested is what is loaded.
+
+    Raises:
+        BadArtifact: the file has another digest.
+    """
+    data = path.read_bytes()
+    if not hmac.compare_digest(hashlib.sha256(data).hexdigest(), sha256):
+        raise BadArtifact(str(path), "SHA-256", "differs from the one in bundle.json")
+    handle = os.memfd_create(path.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)  # stays open: the path is its number
+    with open(handle, "wb", closefd=False) as file:
+        file.write(data)
+    fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return Path(f"/proc/self/fd/{handle}")
 
 
 @functools.cache

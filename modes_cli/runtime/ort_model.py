@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from modes_cli.errors import BadData, BadOption
-from modes_cli.export.integrity import check_for_loading
+from modes_cli.export.integrity import loading
 from modes_cli.models.groups import bundled_groups, last_real, with_decode
 from modes_cli.models.processor import load_processor
 from modes_cli.runtime.answers import Answers
@@ -62,13 +62,13 @@ class OrtModel:
 
     def __init__(self, folder: Path, device: str = "auto", threads: int = 0) -> None:
         self.folder = folder
-        self.bundle = check_for_loading(folder)
-        providers = providers_for(device)
-        names = (decoder_name(self.bundle, providers), EMBEDDING, VISION)
-        self.decoder, self.embedding, self.vision = (
-            open_graph(folder, self.bundle, name, providers, threads) for name in names
-        )
-        self.processor = load_processor(folder)
+        with loading(folder) as self.bundle:
+            providers = providers_for(device)
+            names = (decoder_name(self.bundle, providers), EMBEDDING, VISION)
+            self.decoder, self.embedding, self.vision = (
+                open_graph(folder, self.bundle, name, providers, threads) for name in names
+            )
+            self.processor = load_processor(folder)
         self.tokens = bundled_groups(self.bundle)
         self.merge = int(getattr(self.processor.image_processor, "merge_size", 1))
         self._no_features = np.zeros((0, self.embedding.get_outputs()[0].shape[2]), np.float32)

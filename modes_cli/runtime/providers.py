@@ -12,7 +12,6 @@ import onnxruntime as ort
 
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadOption, KernelError
-from modes_cli.export.integrity import check_digest
 from modes_cli.runtime import libraries
 from modes_cli.runtime.interface import Message
 
@@ -68,8 +67,7 @@ def operator_library(folder: Path, bundle: Bundle, providers: Sequence[str]) -> 
                 f"the operator library `{name}` is neither installed nor in `{folder}`",
                 hint=f"{libraries.hint(name)}; {_ASK_CPU}" if cuda else libraries.hint(name),
             )
-        check_digest(folder, listed)
-        path = folder / name
+        path = libraries.sealed_copy(folder / name, listed.sha256)
     if cuda:
         _require_device(path)
     return path

@@ -7,7 +7,7 @@ import onnxruntime as ort
 
 from modes_cli.artifacts import Bundle
 from modes_cli.errors import BadArtifact, BadOption, KernelError
-from modes_cli.export.integrity import HALF_DECODER, check_for_loading, graph_weights
+from modes_cli.export.integrity import HALF_DECODER, graph_weights, loading
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.runtime import libraries
 from modes_cli.runtime.providers import CPU, operator_library, require_available, require_taken, uses_cuda
@@ -26,8 +26,8 @@ def session(bundle: Path | str, providers: Sequence[str] | None = None) -> ort.I
         KernelError: no operator library loads here that has kernels for the providers, or ONNX Runtime gave one up.
     """
     folder = Path(bundle)
-    there = check_for_loading(folder)
-    return open_graph(folder, there, decoder_name(there, providers), providers)
+    with loading(folder) as there:
+        return open_graph(folder, there, decoder_name(there, providers), providers)
 
 
 def decoder_name(bundle: Bundle, providers: Sequence[str] | None = None) -> str:

@@ -1,5 +1,6 @@
 """A transformers model that skips: `modes.load`, `modes.skip_statistics`, and batched answering for evaluation."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ def open_model(
         BadArtifact: the bundle is damaged.
     """
     folder = Path(spec.id)
-    if (folder / BUNDLE_FILE).is_file():
+    if os.path.lexists(folder / BUNDLE_FILE):  # whatever it is: checking says so
         return _open_bundle(spec, folder)
     where = RunFolder(run)
     thresholds, calibration = found_in(where)
@@ -161,17 +162,17 @@ def open_model(
 
 
 def _open_bundle(spec: ModelSpec, folder: Path) -> TorchRuntime:
-    from modes_cli.export.integrity import check_for_loading
+    from modes_cli.export.integrity import loading
     from modes_cli.export.thresholds import read_rule
 
-    bundle = check_for_loading(folder)
-    if bundle.quantization is not None:
-        raise BadOption(
-            f"`{folder}` has experts in {bundle.quantization.scheme}, which transformers cannot load",
-            hint="it runs in ONNX Runtime; `modes.load` takes the run folder it was exported from",
-        )
-    dtype = bundle.model.dtype if spec.dtype == "auto" else spec.dtype
-    return _runtime(replace(spec, dtype=dtype), read_rule(folder, bundle), bundled_groups(bundle))
+    with loading(folder) as bundle:
+        if bundle.quantization is not None:
+            raise BadOption(
+                f"`{folder}` has experts in {bundle.quantization.scheme}, which transformers cannot load",
+                hint="it runs in ONNX Runtime; `modes.load` takes the run folder it was exported from",
+            )
+        dtype = bundle.model.dtype if spec.dtype == "auto" else spec.dtype
+        return _runtime(replace(spec, dtype=dtype), read_rule(folder, bundle), bundled_groups(bundle))
 
 
 def _runtime(spec: ModelSpec, rule: Rule, tokens: TokenGroups | None = None) -> TorchRuntime:

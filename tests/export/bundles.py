@@ -173,6 +173,9 @@ def relist(bundle: Path, *names: str) -> None:
         if file["path"] in names:
             changed = bundle / file["path"]
             file |= {"bytes": changed.stat().st_size, "sha256": files.sha256(changed)}
+    digests = {file["path"]: file["sha256"] for file in tree["files"]}
+    for kernel in tree["provenance"]["kernels"]:
+        kernel["sha256"] = digests.get(kernel["file"], kernel["sha256"])
     path.write_text(json.dumps(tree))
 
 

@@ -78,7 +78,9 @@ def without_cuda(bundle: Path, folder: Path) -> Path:
     (made / libraries.CUDA).unlink(missing_ok=True)
     found = read(made)
     kept = [file for file in found.files if file.path != libraries.CUDA]
-    (made / "bundle.json").write_text(found.model_copy(update={"files": kept}).model_dump_json())
+    kernels = [kernel for kernel in found.provenance.kernels if kernel.file != libraries.CUDA]
+    more = {"files": kept, "provenance": found.provenance.model_copy(update={"kernels": kernels})}
+    (made / "bundle.json").write_text(found.model_copy(update=more).model_dump_json())
     return made
 
 
@@ -155,15 +157,18 @@ def test_the_library_of_a_bundle_is_for_machines_that_have_none(
     shutil.copy(made / "libmodes_cpu.so", made / "libmodes_cuda.so")
     found = read(made)
     listed = [*found.files, found.files[0].model_copy(update={"path": "libmodes_cuda.so"})]
-    (made / "bundle.json").write_text(found.model_copy(update={"files": listed}).model_dump_json())
+    kernels = [*found.provenance.kernels, found.provenance.kernels[0].model_copy(update={"file": "libmodes_cuda.so"})]
+    more = {"files": listed, "provenance": found.provenance.model_copy(update={"kernels": kernels})}
+    (made / "bundle.json").write_text(found.model_copy(update=more).model_dump_json())
     relist(made, "libmodes_cuda.so")
 
     asked = devices(monkeypatch, 1)
     installed(libmodes_cpu=CPU_LIBRARY, libmodes_cuda=None)
-    assert providers.operator_library(made, read(made), BOTH) == made / "libmodes_cuda.so"
+    copied = providers.operator_library(made, read(made), BOTH)
+    assert copied.read_bytes() == (made / "libmodes_cuda.so").read_bytes()
     installed(libmodes_cpu=CPU_LIBRARY, libmodes_cuda=CPU_LIBRARY)
     assert providers.operator_library(made, read(made), BOTH) == CPU_LIBRARY
-    assert asked == [made / "libmodes_cuda.so", CPU_LIBRARY]
+    assert asked == [copied, CPU_LIBRARY]
     assert providers.operator_library(made, read(made), [providers.CPU]) == CPU_LIBRARY
 
     (made / "libmodes_cuda.so").write_bytes(b"\x7fELF")
@@ -201,7 +206,8 @@ def test_a_bundle_has_the_libraries_of_the_installation(
 
     cuda.write_bytes(cuda.read_bytes() + b"newer")
     checks = {check.name: check for check in verify_bundle(path)}
-    assert "the installed libmodes_cuda.so will run instead of the bundle's" in checks["kernels"].detail
+    assert not checks["kernels"].ok
+    assert "libmodes_cuda.so`: SHA-256: differs from that of the installed" in checks["kernels"].detail
     (path / "libmodes_cuda.so").write_bytes(CPU_LIBRARY.read_bytes() + b"evil")
     checks = {check.name: check for check in verify_bundle(path)}
     assert not checks["digests"].ok
