@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from modes_cli.data.sample import Sample
-from modes_cli.errors import BadData, first_line
+from modes_cli.errors import BadData
 from modes_cli.models.loading import DTYPES, Loaded
+from modes_cli.models.templates import prompting
 
 # Inputs with one entry per token; all others (pixels, grids) are concatenated over the batch.
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
@@ -70,12 +71,10 @@ def _prompt(loaded: Loaded, sample: Sample) -> dict[str, Tensor]:
     chat: Any = messages(sample)
     if not sample.images and loaded.processor is loaded.tokenizer:
         chat = [{"role": "user", "content": sample.question}]
-    try:
+    with prompting(f"sample `{sample.id}`"):
         encoded = loaded.processor.apply_chat_template(
             chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-    except (ValueError, TypeError, IndexError) as error:
-        raise BadData(f"sample `{sample.id}` cannot be turned into a prompt: {first_line(error)}") from error
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
 
 

@@ -53,7 +53,6 @@ def platform_of(path: Path) -> str:
     return f"linux-{MACHINES.get(machine, f'machine-{machine}')}" if kind == 3 else "something else than a library"
 
 
-@functools.cache
 def sealed_copy(path: Path, sha256: str) -> Path:
     """A copy of a library in memory that nobody can change, once its digest was compared: what was digested is what is loaded.
 
@@ -63,7 +62,12 @@ def sealed_copy(path: Path, sha256: str) -> Path:
     data = path.read_bytes()
     if not hmac.compare_digest(hashlib.sha256(data).hexdigest(), sha256):
         raise BadArtifact(str(path), "SHA-256", "differs from the one in bundle.json")
-    handle = os.memfd_create(path.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)  # stays open: the path is its number
+    return _in_memory(data, path.name)
+
+
+@functools.lru_cache(maxsize=4)
+def _in_memory(data: bytes, name: str) -> Path:
+    handle = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)  # stays open: the path is its number
     with open(handle, "wb", closefd=False) as file:
         file.write(data)
     fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)

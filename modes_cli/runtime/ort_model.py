@@ -18,6 +18,7 @@ from modes_cli.errors import BadData, BadOption
 from modes_cli.export.integrity import loading
 from modes_cli.models.groups import bundled_groups, last_real, with_decode
 from modes_cli.models.processor import load_processor
+from modes_cli.models.templates import prompting
 from modes_cli.runtime.answers import Answers
 from modes_cli.runtime.positions import Ints, mrope_positions, text_positions
 from modes_cli.runtime.providers import providers_for, uses_cuda
@@ -125,12 +126,10 @@ class OrtModel:
     def _prompt(self, images: Sequence[Image], question: str) -> dict[str, NDArray[Any]]:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         chat = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        try:
+        with prompting(f"`{question}`"):
             encoded = self.processor.apply_chat_template(
                 chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
-        except (ValueError, TypeError, IndexError) as error:
-            raise BadData(f"`{question}` cannot be turned into a prompt: {str(error).splitlines()[0]}") from error
         arrays: dict[str, NDArray[Any]] = {
             name: value.numpy() for name, value in encoded.items() if isinstance(value, torch.Tensor)
         }
