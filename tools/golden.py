@@ -25,7 +25,7 @@ DATA = ("--data", "digits", "--samples", "2", "--batch-size", "1")
 STEPS: tuple[tuple[str, ...], ...] = (
     ("profile", "checkpoint", *DATA),
     ("calibrate", "checkpoint", *DATA),
-    ("search", "--target", "0.2", "--target", "0.4", "--policy", "modes", "--no-frontier", "--passes", "4"),
+    ("search", "--target", "0.05", "--target", "0.15", "--policy", "modes", "--no-frontier", "--passes", "4"),
     ("export", "--format", "safetensors"),
     ("evaluate", *DATA, "--split", "test", "--max-new-tokens", "2"),
     ("bench", "--data", "digits", "--samples", "1", "--batch", "1", "--repeats", "1"),
