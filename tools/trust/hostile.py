@@ -65,7 +65,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("hostile files refused", f"{result['refused']} of {result['attacks']}"),
         ("of these from the command line, exit code 1", f"{sum(one['refused'] for one in commands)} of {len(commands)}"),
         ("longest refusal", f"{slowest['seconds']:.2f} s ({slowest['name']})"),
-        ("most memory for a refusal", "not measured" if most is None else f"{most / 1e6:.0f} MB"),
+        ("most memory of one test, making the file included", "not measured" if most is None else f"{most / 1e6:.0f} MB"),
     ]
 
 
@@ -137,7 +137,7 @@ def main() -> int:
     }
     options.output.write_text(json.dumps(tree, indent=1) + "\n", "utf-8")
     for name, value in rows(result):
-        print(f"{name:45} {value}")
+        print(f"{name:50} {value}")
     for one in result["named"]:
         if not one["refused"]:
             print(f"NOT REFUSED: {one['name']}", file=sys.stderr)
