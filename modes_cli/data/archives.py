@@ -4,6 +4,7 @@ Of an archive on the Hub, its list of members is read and then the members asked
 downloaded, and nothing stays on disk.
 """
 
+import errno
 import re
 import stat
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from zipfile import BadZipFile, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from modes_cli.data.images import Unusable
 from modes_cli.errors import BadData, first_line
@@ -50,7 +51,7 @@ class Archives:
             weakref.finalize(self, file.close)
             try:
                 archive = ZipFile(file)
-            except BadZipFile as error:
+            except (BadZipFile, NotImplementedError, ValueError) as error:
                 raise BadData(
                     f"`{name}` in `{folder}` is not a readable zip archive: {first_line(error)}", hint="fetch it again"
                 ) from error
@@ -81,6 +82,8 @@ class Archives:
             raise Unusable(f"is not a regular file in `{place}`")
         if member.flag_bits & ENCRYPTED:
             raise Unusable(f"is encrypted in `{place}`")
+        if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others may ask for gigabytes to unpack a few bytes
+            raise Unusable(f"is compressed in `{place}` by method {member.compress_type}; known are stored and deflated")
         if member.file_size > MAX_MEMBER_BYTES:
             raise Unusable(f"has {member.file_size} bytes, the limit is {MAX_MEMBER_BYTES}")
         if member.file_size > MAX_RATIO * member.compress_size + PIECE:
@@ -91,9 +94,13 @@ class Archives:
                     while piece := source.read(PIECE):  # at most `file_size` bytes in all; its CRC-32 is checked at the end
                         with failing_clearly(Path(tempfile.gettempdir())):
                             file.write(piece)
-            # Not OSError: the network's failures are no fault of the member.
-            except (BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            # Of OSError only the one for a place before the beginning: the network's failures are no fault of the member.
+            except (BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
                 raise Unusable(f"is damaged in `{place}`: {first_line(error)}") from error
+            except OSError as error:
+                if type(error) is not OSError or error.errno != errno.EINVAL:
+                    raise
+                raise Unusable(f"is damaged in `{place}`: it begins outside the archive") from error
             if file.tell() != member.file_size:
                 raise Unusable(f"is truncated in `{place}`: {file.tell()} of {member.file_size} bytes")
             file.seek(0)

@@ -61,6 +61,8 @@ def check_graph(path: Path, weights: Mapping[str, Entry]) -> str:
     linked = sum(_check_tensor(path, tensor, places) for tensor in _tensors(model.graph))
     try:
         onnx.checker.check_model(str(path))
+    except UnicodeDecodeError as error:  # what it says names something in the graph that is not UTF-8
+        raise BadArtifact(str(path), "graph", "names that are not UTF-8") from error
     except onnx.checker.ValidationError as error:
         # It knows our operator only where the exporter has registered it; everything else it says counts.
         message = str(error).strip().splitlines()[0]
@@ -104,6 +106,9 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto, places: Mapping[tuple[st
             raise BadArtifact(str(path), where, problem)
         return 0
     fields = {entry.key: entry.value for entry in tensor.external_data}
+    # Text that is not UTF-8 comes as bytes; of a key that is there twice, readers take different ones.
+    if len(fields) != len(tensor.external_data) or not all(isinstance(text, str) for pair in fields.items() for text in pair):
+        raise BadArtifact(str(path), where, "external_data names a key twice, or is not UTF-8")
     location, offset, length = fields.get("location", ""), fields.get("offset", "0"), fields.get("length", "")
     if Path(location).name != location or location in ("", ".", ".."):
         raise BadArtifact(str(path), where, f"location `{location[:200]}` is outside the bundle")

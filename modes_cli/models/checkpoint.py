@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(files.read_text(index, SETTINGS_LIMIT))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise BadModel(f"`{index}` is no index of weights") from error
         paths = [folder / str(name) for name in names if Path(str(name)).name == name]
@@ -78,7 +79,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     else:
         paths = [folder / "model.safetensors"]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # also of a name that no file can have
             raise BadModel(f"`{path}` does not exist", hint="is the checkpoint complete?")
     return paths
 

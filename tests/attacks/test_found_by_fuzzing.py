@@ -1,0 +1,108 @@
+"""What fuzzing found, each by its smallest example: refused by name, where an exception of a library came out before."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import onnx
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from modes_cli.data.archives import Archives
+from modes_cli.data.images import Unusable
+from modes_cli.errors import BadArtifact, BadModel, ModesError
+from modes_cli.export.onnx_checks import check_graph
+from modes_cli.models.checkpoint import INDEX, checkpoint_files
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
+def test_an_index_of_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(BadModel, match="does not exist"):
+        checkpoint_files(tmp_path)
+
+
+def test_an_index_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_bytes(b"\xff")
+    with pytest.raises(ModesError, match="index"):
+        checkpoint_files(tmp_path)
+
+
+def graph(path: Path) -> onnx.ModelProto:
+    """One node that copies `x`, and one tensor by reference."""
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    node = onnx.helper.make_node("Identity", ["x"], ["y"], name="copy")
+    made = onnx.helper.make_graph([node], "g", values[:1], values[1:])
+    tensor = made.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in {"location": "w.safetensors", "offset": "8", "length": "4"}.items():
+        tensor.external_data.add(key=key, value=value)
+    return onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)])
+
+
+def assert_graph_refused(path: Path, raw: bytes, word: str) -> None:
+    path.write_bytes(raw)
+    with pytest.raises(BadArtifact, match=word):
+        check_graph(path, {})
+
+
+def test_a_location_that_is_not_utf8(tmp_path: Path) -> None:
+    raw = graph(tmp_path).SerializeToString().replace(b"w.safetensors", b"\xff" * 13)
+    assert_graph_refused(tmp_path / "a.onnx", raw, "UTF-8")
+
+
+def test_a_location_that_is_there_twice(tmp_path: Path) -> None:
+    """A reader that takes the first one opens another file than the one that was checked."""
+    model = graph(tmp_path)
+    model.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
+    assert_graph_refused(tmp_path / "a.onnx", model.SerializeToString(), "twice")
+
+
+def test_a_node_that_is_not_valid_and_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    model = graph(tmp_path)
+    del model.graph.initializer[:]
+    model.graph.node[0].input[0] = "missing"
+    raw = model.SerializeToString().replace(b"copy", b"c\xffpy").replace(b"missing", b"miss\xffng")
+    assert_graph_refused(tmp_path / "a.onnx", raw, "UTF-8|graph")
+
+
+def archive(folder: Path, raw: bytes) -> Archives:
+    (folder / "part.zip").write_bytes(raw)
+    return Archives(LocalFileSystem(), str(folder), ".mp4")
+
+
+def zipped(method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as made:
+        made.writestr("one.mp4", b"abcd" * 64)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_in_methods_that_may_ask_for_gigabytes(tmp_path: Path, method: int) -> None:
+    with pytest.raises(Unusable, match=rf"method {method}"), archive(tmp_path, zipped(method)).open("one.mp4"):
+        pass
+
+
+def test_a_member_that_begins_before_the_archive(tmp_path: Path) -> None:
+    """The end record says that the list of members is longer to the left than it is: every place moves before the start."""
+    raw = bytearray(zipped())
+    at = raw.rindex(b"PK\x05\x06")
+    (offset,) = struct.unpack_from("<L", raw, at + 16)
+    struct.pack_into("<L", raw, at + 16, offset + 40)
+    with pytest.raises(Unusable, match="begins outside"), archive(tmp_path, bytes(raw)).open("one.mp4"):
+        pass
+
+
+def test_other_failures_of_the_file_system_are_not_the_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = archive(tmp_path, zipped())
+
+    def lost(*_: object, **__: object) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", lost)
+    with pytest.raises(ConnectionResetError), made.open("one.mp4"):
+        pass
