@@ -29,7 +29,7 @@ SCALES = ("gate_up_scales", "down_scales")
 
 
 def initializer(name: str, value: Tensor) -> TensorProto:
-    data = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    data = value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
     return helper.make_tensor(name, ELEMENT[value.dtype], value.shape, data, raw=True)
 
 
