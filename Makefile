@@ -4,6 +4,7 @@
 # make test-eval  the tests that need lmms-eval, in an environment of their own that sees this one's packages
 # make signing  OpenSSF model-signing in .venv-sign; the tests of docs/pipeline sign with it where it is there
 # make sanitize  the kernel tests on libraries built with the address, undefined-behaviour and thread sanitizers
+# make fuzz    every parser with atheris for FUZZ_SECONDS each; FUZZ names some of them only; defects are in build/fuzz
 # make lint    ruff, mypy, schemas in sync
 # make schemas schemas/ from modes_cli/artifacts
 # make clean   build outputs and caches; .venv, .venv-eval and run folders stay
@@ -16,6 +17,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP_EXTRA ?=
+FUZZ ?=
+FUZZ_SECONDS ?= 600
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 BIN := $(VENV)/bin
@@ -34,7 +37,7 @@ SIGN_STAMP := $(SIGN_VENV)/.setup
 SIGN_NEEDS := model-signing==1.1.1 pyopenssl==26.4.0
 SOURCES := pyproject.toml $(shell find kernels -type f -not -path 'kernels/bench/*' 2>/dev/null)
 
-.PHONY: setup demo test test-eval signing sanitize lint schemas clean
+.PHONY: setup demo test test-eval signing sanitize fuzz lint schemas clean
 
 setup: $(STAMP)
 
@@ -82,6 +85,11 @@ signing: $(SIGN_STAMP)
 
 sanitize: $(STAMP)
 	$(BIN)/python -m tools.sanitize
+
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || { echo "installing atheris"; \
+	  $(PIP) "$$(sed -n 's/^fuzz = \["\([^;"]*\).*/\1/p' pyproject.toml)"; }
+	$(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(FUZZ_SECONDS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ KERNELS, TESTS = ROOT / "kernels", ROOT / "tests" / "kernels"
 COMPILER = os.environ.get("CXX", "g++")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")  # widest first
 ARITHMETIC = ("isa", "memory", "shapes", "skip_experts", "threads")  # what differs between them
+ONCE = ("onnx_op", "torch_operator", "quantised")  # the last goes through all of them by itself
 EMULATED = ("layer", "decode", "hopper", "mma", "float")
 # Python, torch and the test tools leak at exit; the driver below has none of them, and is checked for leaks.
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}
@@ -86,12 +87,14 @@ def preload() -> dict[str, str]:
 def address() -> None:
     library, check = build("address")
     for index, isa in enumerate(instruction_sets(library)):
-        tests = ARITHMETIC if index else (*ARITHMETIC, "onnx_op", "torch_operator")
         run(check, MODES_ISA=isa, ASAN_OPTIONS="detect_leaks=1")
-        files = [TESTS / f"test_{name}.py" for name in tests]
+        files = [TESTS / f"test_{name}.py" for name in (*ARITHMETIC, *(() if index else ONCE))]
+        files += [] if index else [ROOT / "tests" / "attacks" / "test_operator.py"]
         environment = {"MODES_ISA": isa, "MODES_TEST_LIBRARY": str(library), **preload()}
         # What a sanitizer writes before it ends the process must not be captured.
         run(sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *files, **environment)
+        fuzz = ("kernel_arguments", "--engine", "plain", "--executions", "2000", "--out", BUILD / "fuzz")
+        run(sys.executable, "-m", "tests.fuzz", *fuzz, PYTHONMALLOC="malloc", **environment)  # so that it sees every buffer
 
 
 def thread() -> None:

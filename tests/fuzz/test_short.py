@@ -1,0 +1,132 @@
+"""A few hundred inputs for each parser, the same each time: only errors of ours come out, in time and within memory.
+
+The plain loop without coverage, whether or not atheris is there; `make fuzz` is the long run, with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.export.bundles import shared_bundle, shared_checkpoint
+from tests.fuzz import engine, mutate, places, runs
+from tests.once import shared_base
+
+EXECUTIONS = 250
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One process for all targets: it forks for each, so that what one does is not another's."""
+    base, out = shared_base(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz")
+    places.make_files(out / "files", shared_bundle(base), shared_checkpoint(base))
+    (out / "files" / "whole").touch()
+    words = [sys.executable, "-m", "tests.fuzz", "--engine", "plain", "--executions", str(EXECUTIONS), "--seconds", "3600",
+             "--out", str(out)]  # fmt: skip
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return {
+        name: json.loads((out / f"{name}.json").read_text("utf-8"))
+        for name in engine.TARGETS
+        if (out / f"{name}.json").exists()
+    }
+
+
+@pytest.mark.parametrize("target", engine.TARGETS)
+def test_only_errors_of_ours_come_out(reports: dict[str, dict[str, Any]], target: str) -> None:
+    assert target in reports, "its process did not end as it should"
+    report = reports[target]
+    assert not report["defects"], next(iter(report["defects"].values()))["traceback"]
+    assert report["executions"] == EXECUTIONS
+    assert report["engine"] == "plain"
+    assert report["accepted"], "nothing gets through: the seeds are stale"
+    assert report["refused"] or target == "unfinished", "nothing is refused: the inputs are not changed"
+
+
+def test_every_harness_is_a_target() -> None:
+    found = {path.stem for path in (Path(__file__).parent / "harness").glob("*.py")}
+    assert found == set(engine.TARGETS)
+
+
+def test_the_same_seed_gives_the_same_inputs() -> None:
+    change, data = mutate.as_json, b'{"a": [1, 2, {"b": "c"}], "d": 0.5}'
+    first, second = ([change(data, Random(number)) for number in range(200)] for _ in range(2))
+    assert first == second
+    assert len(set(first)) > 100
+
+
+class Harness:
+    """Stands in for a module of tests/fuzz/harness."""
+
+    mutate = staticmethod(mutate.any_bytes)
+
+    @staticmethod
+    def seeds() -> list[bytes]:
+        return [b"ab"]
+
+    @staticmethod
+    def one(data: bytes) -> None:
+        if data.startswith(b"a"):
+            raise ValueError("a defect")
+        if len(data) > 30:
+            raise AssertionError("another one")
+
+
+def test_a_defect_is_counted_once_and_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.importlib, "import_module", lambda _name: Harness)
+    watched = engine.Watched("harness", "plain", tmp_path / "last")
+    engine.plain(watched, 500, 60.0, 0)
+    report = watched.report
+    assert report.executions == 500
+    assert {name.split(" at ")[0] for name in report.defects} == {"ValueError", "AssertionError"}
+    shown = next(found for name, found in report.defects.items() if name.startswith("ValueError"))
+    assert bytes.fromhex(shown["input"]).startswith(b"a")
+
+
+DEADLY = """
+import os, sys
+from pathlib import Path
+from tests.fuzz import engine, runs
+import tests.fuzz.harness.{target} as harness
+harness.one = lambda data: {act}
+engine.CPU_SECONDS = 0.2
+report = runs.run("{target}", runs.Limits("plain", 60.0, 20), Path(sys.argv[1]))
+print(report["executions"], "; ".join(report["defects"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        ("os.kill(os.getpid(), 11)", "the process ended with -11"),
+        ("[0 for _ in iter(int, 1)]", "TooSlow"),
+        ("bytearray(64 << 30)", "MemoryError"),
+    ],
+)
+def test_what_ends_a_process_or_takes_too_much_is_a_defect(tmp_path: Path, act: str, words: str) -> None:
+    """`one` is replaced after the first call, which `inside` makes before limits hold, would have ended it."""
+    code = DEADLY.format(target="jsonl_rows", act=f"({act}) if harness.ready else setattr(harness, 'ready', True)")
+    code = code.replace("harness.one =", "harness.ready = False\nharness.one =")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert words in done.stdout
+
+
+def test_atheris_is_there_or_it_is_said(tmp_path: Path) -> None:
+    """Never the plain loop in its place."""
+    if runs.has_atheris():
+        pytest.skip("atheris is installed; the long run uses it")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "atheris is not installed" in done.stderr
