@@ -1,0 +1,318 @@
+"""One ONNX Runtime session of a bundle under many threads: whether it leaks, and whether any answer changes.
+
+    python -m tools.trust.soak [--long] [--json FILE]
+
+The bundle is made of `digits`. A request is a prefill of one to four prompts, with or without images, at one of several
+thresholds, and returns logits, counts of kept pairs and the whole cache. Every answer is compared bit for bit with one that a
+session with a single thread gave before. One request in sixteen is refused (a tau of another length), each time. Memory is what
+is in use after all threads have stopped for a moment: what malloc has handed out, and what the process has resident. It is
+measured in a process of its own, whose malloc keeps nothing back for single threads, so that what is freed is seen to be.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+import modes_cli
+from modes_cli import files
+from modes_cli.benchmark.machine import measure_machine
+from modes_cli.calibration import calibrate
+from modes_cli.data import open_source
+from modes_cli.data.sample import DataSpec
+from modes_cli.export import export_bundle
+from modes_cli.requests import CalibrateRequest, ExportRequest, ModelSpec, SearchRequest
+from modes_cli.runtime.ort_model import OrtModel
+from modes_cli.runtime.session import session
+from modes_cli.search import find_thresholds
+
+THREADS = 32
+SECONDS = {True: 600.0, False: 10.0}
+CYCLES = {True: 60, False: 6}
+PAUSES = {True: 60, False: 6}  # how often memory is looked at; a pause waits for the slowest thread's request
+WARM_UP = 3  # times that all threads ask the largest request at once: ONNX Runtime's arena has then had to grow
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+PROMPTS = 24
+TAUS = (0.0, 0.02, 0.05, 0.1, 10.0)  # of text and vision; the last skips every expert of the two
+REFUSED = 16  # one request in so many has a tau of another length
+RESULT = "soak.json"
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "docs" / "benchmarks" / "trust-soak.json"
+COMMAND = "python -m tools.trust.soak --long"
+
+Feeds = dict[str, NDArray[Any]]
+Answer = list[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    feeds: Feeds
+    expected: Answer | None  # None: it is refused
+
+
+@dataclass
+class Tally:
+    """Of one thread."""
+
+    requests: int = 0
+    changed: int = 0
+    refused: int = 0
+    wrongly: int = 0  # refused and should not be, or the other way round
+
+
+class Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, all size_t: over all arenas."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                                                     "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def in_use() -> int:
+    """Bytes that malloc has handed out and not got back."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Mallinfo
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_bundle(folder: Path) -> Path:
+    """A bundle of `digits` at a target of 0.5, calibrated on 16 samples: quick, and it skips."""
+    run = folder / "run"
+    data = DataSpec("digits", "validation", 16, 0)
+    calibrate(CalibrateRequest(ModelSpec("digits", device="cpu"), data, run))
+    find_thresholds(SearchRequest((0.5,), run, policy="modes", device="cpu", passes=6, frontier=False))
+    export_bundle(ExportRequest(run))
+    return run / "bundle"
+
+
+def make_requests(bundle: Path) -> list[Request]:
+    """Every batch at every threshold, with the answers of a session of one thread."""
+    alone = OrtModel(bundle, device="cpu", threads=1)
+    samples = list(open_source(DataSpec("digits", "validation", PROMPTS, 1), text_only=False))
+    outputs = [output.name for output in alone.decoder.get_outputs()]
+    pasts = [name.replace("present.", "past_key_values.") for name in outputs if name.startswith("present.")]
+    batches, first = [], 0
+    for number in range(PROMPTS):
+        size = 1 + number % 4
+        batches.append([samples[(first + n) % PROMPTS] for n in range(size)])
+        first += size
+    requests = []
+    for number, batch in enumerate(batches):
+        images = [sample.images if number % 3 else () for sample in batch]  # a third of the batches without images
+        prompts = alone.prompts(images, [sample.question for sample in batch])
+        features = alone.image_features(prompts.pixel_values, prompts.grids)
+        positions, _ = alone.positions(prompts)
+        embeds = alone.embedding.run(None, {"input_ids": prompts.input_ids, "image_features": features})[0]
+        known = {
+            "inputs_embeds": embeds,
+            "attention_mask": prompts.attention_mask,
+            "position_ids": np.ascontiguousarray(positions),
+            "input_ids": prompts.input_ids,
+            "logits_to_keep": np.zeros(1, np.int64),
+        }
+        past = alone.empty_state(len(batch)).past
+        known |= {name: value.numpy() for name, value in zip(pasts, past, strict=True)}
+        for tau in TAUS:
+            feeds = known | {"tau": alone.tau({"text": tau, "vision": tau})}
+            requests.append(Request(feeds, alone.decoder.run(None, feeds)))
+    wrong = requests[0].feeds | {"tau": np.zeros(len(alone.bundle.groups) + 1, np.float32)}
+    return requests + [Request(wrong, None)] * (len(requests) // (REFUSED - 1))
+
+
+def same(found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]) -> bool:
+    """Bit for bit: a NaN equals itself, and 0.0 is not -0.0."""
+    return len(found) == len(expected) and all(
+        a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def ask(shared: ort.InferenceSession, request: Request, tally: Tally, quiet: ort.RunOptions) -> None:
+    tally.requests += 1
+    try:
+        found = shared.run(None, request.feeds, quiet)
+    except Exception as error:  # ONNX Runtime's classes are not public
+        tally.refused += 1
+        tally.wrongly += request.expected is not None or "tau" not in str(error)
+        return
+    if request.expected is None:
+        tally.wrongly += 1
+    elif not same(found, request.expected):
+        tally.changed += 1
+
+
+def under_threads(shared: ort.InferenceSession, requests: list[Request], seconds: float, pauses: int) -> dict[str, Any]:
+    """All threads ask in orders of their own until the time is over; at each pause they all wait, and memory is read."""
+    largest = max(
+        (request for request in requests if request.expected), key=lambda request: request.feeds["inputs_embeds"].size
+    )
+    tallies = [Tally() for _ in range(THREADS)]
+    samples: list[tuple[int, int, int]] = []  # requests so far, bytes in use, bytes resident
+    started = time.monotonic()
+
+    def look() -> None:
+        gc.collect()
+        samples.append((sum(tally.requests for tally in tallies), in_use(), resident()))
+
+    together, barrier = threading.Barrier(THREADS), threading.Barrier(THREADS, action=look)
+
+    def work(number: int) -> None:
+        rng, quiet = np.random.default_rng(number), ort.RunOptions()
+        quiet.log_severity_level = 4  # refusals are meant: they need not be logged as well
+        try:
+            for _ in range(WARM_UP):
+                together.wait()
+                ask(shared, largest, tallies[number], quiet)
+            for _ in range(pauses):
+                until = time.monotonic() + seconds / pauses
+                while time.monotonic() < until:
+                    ask(shared, requests[int(rng.integers(len(requests)))], tallies[number], quiet)
+                barrier.wait()
+        except BaseException:
+            together.abort()  # the others must not wait for ever
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(samples) != pauses:
+        raise RuntimeError(f"a thread ended early: {len(samples)} of {pauses} slices")
+    total = samples[-1][0]
+    return {
+        "threads": THREADS,
+        "seconds": time.monotonic() - started,
+        "requests": total,
+        "distinct_requests": len(requests),
+        "answers_compared": total - sum(tally.refused for tally in tallies),
+        "answers_changed": sum(tally.changed for tally in tallies),
+        "refused_as_they_should": sum(tally.refused for tally in tallies),
+        "refused_or_taken_wrongly": sum(tally.wrongly for tally in tallies),
+        "bytes_per_1000_requests": growth(samples),
+        "samples": [{"requests": n, "in_use": used, "resident": rss} for n, used, rss in samples],
+    }
+
+
+def slope(samples: list[tuple[int, int, int]], column: int) -> tuple[float, float]:
+    """Bytes for each 1,000 of what is counted, and the standard error: a least-squares line through the second half, when
+    all is warm."""
+    half = np.array(samples[len(samples) // 2 :], np.float64)
+    counted, values = half[:, 0] - half[:, 0].mean(), half[:, column] - half[:, column].mean()
+    square = (counted**2).sum()
+    rise = (counted * values).sum() / square
+    error = np.sqrt(((values - rise * counted) ** 2).sum() / max(1, len(half) - 2) / square)
+    return float(1000 * rise), float(1000 * error)
+
+
+def growth(samples: list[tuple[int, int, int]]) -> dict[str, float]:
+    """What malloc has handed out more for each 1,000; `leak`: 0 where the line does not rise by more than three of its errors."""
+    rise, error = slope(samples, 1)
+    resident = samples[-1][2] / samples[len(samples) // 2][2] - 1
+    return {"slope": rise, "error": error, "leak": rise if rise > 3 * error else 0.0, "resident_second_half": resident}
+
+
+def open_and_close(bundle: Path, request: Request, cycles: int) -> dict[str, Any]:
+    """Sessions made, asked once and dropped, one after the other."""
+    samples, changed = [], 0
+    assert request.expected is not None
+    for number in range(cycles):
+        opened = session(bundle)
+        changed += not same(opened.run(None, request.feeds), request.expected)
+        del opened
+        gc.collect()
+        samples.append((number + 1, in_use(), resident()))
+    return {
+        "sessions": cycles,
+        "answers_changed": changed,
+        "bytes_per_1000_sessions": growth(samples),
+        "samples": [{"sessions": n, "in_use": used, "resident": rss} for n, used, rss in samples],
+    }
+
+
+def measure_here(folder: Path, long: bool) -> dict[str, Any]:
+    bundle = make_bundle(folder)
+    requests = make_requests(bundle)
+    shared = session(bundle)
+    found = under_threads(shared, requests, SECONDS[long], PAUSES[long])
+    del shared
+    return {**found, "opened_and_closed": open_and_close(bundle, requests[0], CYCLES[long])}
+
+
+def measure(long: bool) -> dict[str, Any]:
+    """Ten minutes, or ten seconds, of requests; then sessions opened and closed."""
+    with tempfile.TemporaryDirectory(prefix="modes-soak-") as name:
+        words = [sys.executable, "-m", "tools.trust.soak", "--inside", name, *(["--long"] if long else [])]
+        subprocess.run(words, cwd=ROOT, env={**os.environ, **MALLOC}, check=True, stdout=subprocess.DEVNULL)
+        return dict(json.loads((Path(name) / RESULT).read_text("utf-8")))
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """For a table: what was measured, and what came out."""
+    opened = result["opened_and_closed"]
+    return [
+        ("threads on one session", f"{result['threads']}"),
+        ("seconds", f"{result['seconds']:.0f}"),
+        ("answers compared bit for bit", f"{result['answers_compared']:,}"),
+        ("answers changed", f"{result['answers_changed'] + opened['answers_changed']}"),
+        ("bad requests refused, all others answered", f"{result['refused_as_they_should']:,}"),
+        ("refused or taken wrongly", f"{result['refused_or_taken_wrongly']}"),
+        ("leak per 1,000 requests", leaked(result["bytes_per_1000_requests"])),
+        ("resident memory over the second half", f"{result['bytes_per_1000_requests']['resident_second_half']:+.2%}"),
+        ("sessions opened and closed", f"{opened['sessions']}"),
+        ("leak per 1,000 sessions", leaked(opened["bytes_per_1000_sessions"])),
+    ]
+
+
+def leaked(found: dict[str, float]) -> str:
+    """Of `growth`, for people."""
+    return f"{found['leak']:,.0f} bytes (measured {found['slope']:+,.0f} ± {3 * found['error']:,.0f})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="One session under 32 threads.")
+    parser.add_argument("--long", action="store_true", help="ten minutes instead of ten seconds")
+    parser.add_argument("--json", type=Path, help="where the numbers go; with --long: docs/benchmarks/trust-soak.json")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)  # the process of its own, and its folder
+    given = parser.parse_args()
+    if given.inside is not None:
+        result = measure_here(given.inside, given.long)
+        (given.inside / RESULT).write_text(json.dumps(result), "utf-8")
+        return 0
+    result = measure(given.long)
+    for name, value in rows(result):
+        print(f"{name}: {value}")
+    output = given.json or (OUTPUT if given.long else None)
+    if output is not None:
+        versions = {"python": platform.python_version(), "onnxruntime": ort.__version__, "modes": modes_cli.__version__}
+        machine = measure_machine(torch.device("cpu")).model_dump(mode="json") | {"cores": len(os.sched_getaffinity(0))}
+        tree = {"command": COMMAND, "machine": machine, "versions": versions, "result": result}
+        files.write_bytes(output, files.canonical_json(tree).encode())
+    wrong = result["answers_changed"] + result["refused_or_taken_wrongly"] + result["opened_and_closed"]["answers_changed"]
+    return 1 if wrong or (given.long and result["bytes_per_1000_requests"]["leak"]) else 0  # ten seconds say little of leaks
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
