@@ -79,9 +79,10 @@ modes_status check_sizes(const modes_args* args, modes_message* message) {
   }
   if (is_quantised(args->weight_dtype)) {
     if (args->transposed) return fail(message, MODES_BAD_ARGUMENT, "quantised weights cannot be transposed");
-    if (args->block <= 0 || args->block % kQuantisedGroup != 0) {
-      return fail(message, MODES_BAD_ARGUMENT, "block is `%lld`, must be a multiple of %d", static_cast<long long>(args->block),
-                  kQuantisedGroup);
+    // Blocks of a row are counted with sums that must not overflow.
+    if (args->block <= 0 || args->block % kQuantisedGroup != 0 || args->block > INT32_MAX) {
+      return fail(message, MODES_BAD_ARGUMENT, "block is `%lld`, must be a multiple of %d below 2^31",
+                  static_cast<long long>(args->block), kQuantisedGroup);
     }
     const int64_t most = kQuantisedGroup - 1;  // that a row is filled up by
     if (!fits({args->experts, args->intermediate + most, args->hidden + most})) {

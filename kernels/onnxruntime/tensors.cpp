@@ -1,4 +1,5 @@
 // From ONNX Runtime's tensors to modes_args: every shape and dtype checked against the others.
+#include <cstdint>
 #include <cstring>
 
 #include "common/half.h"
@@ -70,8 +71,9 @@ OrtStatus* expect_element(const Api* api, const Tensor* inputs, Input index, int
 OrtStatus* expect_quantised(const Api* api, const Attributes& attributes, const Tensor* in, int64_t E, int64_t I, int64_t H) {
   if (attributes.transposed) return error(api, ort::kInvalidArgument, "quantised weights cannot be transposed");
   const int64_t block = attributes.block;
-  if (block <= 0 || block % kQuantisedGroup != 0) {
-    return error(api, ort::kInvalidArgument, "attribute block is `" + std::to_string(block) + "`, expected a multiple of 32");
+  if (block <= 0 || block % kQuantisedGroup != 0 || block > INT32_MAX) {
+    return error(api, ort::kInvalidArgument,
+                 "attribute block is `" + std::to_string(block) + "`, expected a multiple of 32 below 2^31");
   }
   for (Input index : {kGateUpScales, kDownScales}) {
     if (in[index].element == ort::kUndefined) {
@@ -103,6 +105,14 @@ OrtStatus* read_tensor(const Api* api, const OrtKernelContext* context, const ch
                    std::string(names[index]) + " has `" + std::to_string(tensor->rank) + "` dimensions");
   }
   if (!status) status = ort::GetDimensions::call(api, info, tensor->shape, tensor->rank);
+  // A tensor without elements may have any sizes: none whose product or double would overflow.
+  for (size_t i = 0; !status && i < tensor->rank; ++i) {
+    if (tensor->shape[i] < 0 || tensor->shape[i] > INT32_MAX) {
+      status = error(api, ort::kInvalidArgument,
+                     std::string(kInputName[index]) + " has shape `" + shape_text(tensor->shape, tensor->rank) +
+                         "`, expected sizes below 2^31");
+    }
+  }
   ort::ReleaseTensorTypeAndShapeInfo::call(api, info);
   if (status) return status;
   return ort::GetTensorMutableData::call(api, const_cast<OrtValue*>(value), &tensor->data);

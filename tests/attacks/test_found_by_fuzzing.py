@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from modes_cli.data.archives import Archives
@@ -17,6 +18,9 @@ from modes_cli.data.images import Unusable
 from modes_cli.errors import BadArtifact, BadModel, ModesError
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.models.checkpoint import INDEX, checkpoint_files
+from modes_cli.runtime import interface
+from tests.kernels import calling
+from tests.kernels.quantised import random_quantised
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
@@ -106,3 +110,16 @@ def test_other_failures_of_the_file_system_are_not_the_members(tmp_path: Path, m
     monkeypatch.setattr(zipfile.ZipFile, "open", lost)
     with pytest.raises(ConnectionResetError), made.open("one.mp4"):
         pass
+
+
+@pytest.mark.parametrize("block", [1 << 31, 1 << 40, (1 << 63) - 32])
+def test_a_block_that_overflows(block: int) -> None:
+    """Blocks of a row are counted by sums with it; the sanitizer saw one overflow."""
+    case, _ = random_quantised("int8")
+    assert case.gate_up_scales is not None
+    assert case.down_scales is not None
+    kinds = {"weight_dtype": interface.QUANTISED[case.gate_up.dtype], "block": block}
+    scales = {"gate_up_scales": case.gate_up_scales.data_ptr(), "down_scales": case.down_scales.data_ptr()}
+    plain = case.but(gate_up=case.gate_up.view(torch.int8).float())  # `arguments` knows the dtypes of floats alone
+    args = calling.arguments(plain, torch.empty_like(case.x), gate_up=case.gate_up.data_ptr(), **kinds, **scales)
+    assert calling.call(args) == (calling.MODES_BAD_ARGUMENT, f"block is `{block}`, must be a multiple of 32 below 2^31")

@@ -148,6 +148,18 @@ def test_weights_that_do_not_fit(name: str, change: str) -> None:
         session(without_shapes(bad)).run(None, feeds(bad))
 
 
+@pytest.mark.parametrize("shape", [(0, 1 << 62, 1 << 62), (0, (1 << 63) - 1, 1), (0, 1 << 31, 16)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "transposed", "int8"])
+def test_weights_of_nothing_in_sizes_that_overflow(name: str, shape: tuple[int, ...]) -> None:
+    case = CASES[name]()
+    for weight in ("gate_up", "down"):
+        proto = without_shapes(case)
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == weight)
+        tensor.dims[:], tensor.raw_data = shape, b""
+        with pytest.raises(Exception, match=rf"modes\.SkipExperts.*{weight} has shape"):
+            session(proto).run(None, feeds(case))
+
+
 @pytest.mark.parametrize("bias", ["gate_up_bias", "down_bias"])
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (5, 32), (1, 6, 32), (0,), ()])
 def test_biases_that_do_not_fit(bias: str, shape: tuple[int, ...]) -> None:
