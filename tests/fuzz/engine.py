@@ -144,7 +144,7 @@ def with_atheris(watched: Watched, seconds: float, seed: int, corpus: Path, done
         return bytes(watched.module.mutate(data, rng))[:most]
 
     settings = {"seed": seed + 1, "artifact_prefix": f"{corpus.parent}/", "max_len": 1 << 20, "len_control": 0}
-    ours = {"rss_limit_mb": 0, "timeout": 0, "verbosity": 0, "print_final_stats": 0}  # limits are those of `prepare`
+    ours = {"rss_limit_mb": 0, "timeout": 3600, "verbosity": 0, "print_final_stats": 0}  # limits are those of `prepare`
     words = [sys.argv[0], str(corpus), *(f"-{name}={value}" for name, value in (settings | ours).items())]
     atheris.Setup(words, one, custom_mutator=mutate)
     atheris.Fuzz()
