@@ -5,6 +5,7 @@ The format: 8 bytes header length (little-endian), that many bytes of JSON, then
 
 import json
 import math
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ ITEM_SIZE = {
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 MAX_RANK = 8
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         raise BadArtifact(str(path), "offset 8", "the header is nested too deeply") from error
     except ValueError as error:
         raise BadArtifact(str(path), "offset 8", f"the header is not valid: {error}") from error
+    if b"\\u" in raw and _HALF_A_CHARACTER.search(json.dumps(tree, ensure_ascii=False)):
+        raise BadArtifact(str(path), "offset 8", "the header has half a character, which the safetensors library refuses")
     return dict(tree)
 
 

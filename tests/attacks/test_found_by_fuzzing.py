@@ -17,6 +17,7 @@ from modes_cli.data.archives import Archives
 from modes_cli.data.images import Unusable
 from modes_cli.errors import BadArtifact, BadModel, ModesError
 from modes_cli.export.onnx_checks import check_graph
+from modes_cli.export.safetensors_header import read_header
 from modes_cli.models.checkpoint import INDEX, checkpoint_files
 from modes_cli.runtime import interface
 from tests.kernels import calling
@@ -34,6 +35,17 @@ def test_an_index_that_is_no_file(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(b"\xff")
     with pytest.raises(ModesError, match="index"):
         checkpoint_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header", [r'{"a\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}', r'{"__metadata__": {"a": "\udc00"}}']
+)
+def test_a_header_with_half_a_character(tmp_path: Path, header: str) -> None:
+    """The safetensors library refuses it; nothing that it refuses may pass."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(BadArtifact, match="half a character"):
+        read_header(path)
 
 
 def graph(path: Path) -> onnx.ModelProto:

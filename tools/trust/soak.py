@@ -228,7 +228,7 @@ def slope(samples: list[tuple[int, int, int]], column: int) -> tuple[float, floa
 
 
 def growth(samples: list[tuple[int, int, int]]) -> dict[str, float]:
-    """What malloc has handed out more for each 1,000; `leak`: 0 where the line does not rise by more than three of its errors."""
+    """What malloc has handed out more for each 1,000; `leak`: 0 unless the line rises by three of its errors."""
     rise, error = slope(samples, 1)
     resident = samples[-1][2] / samples[len(samples) // 2][2] - 1
     return {"slope": rise, "error": error, "leak": rise if rise > 3 * error else 0.0, "resident_second_half": resident}
