@@ -126,10 +126,12 @@ def write_run(folder: Path, checkpoint: Path, layers: list[int], experts: int, t
     }  # fmt: skip
     digest_of = run.write(Calibration.model_validate(made))
     thresholds = examples.artifact("thresholds")
+    first = thresholds.results[0]
+    ratios = {"all": first.skip_ratio, **first.skip_ratio_per_group}
     result = {
-        **thresholds.results[0].model_dump(), "policy": "modes", "parameters": {"per_modality": 0.0},
+        **first.model_dump(), "policy": "modes", "parameters": {"per_modality": 0.0},
         "tau": {"text": tau, "vision": 2 * tau},
-        "skip_ratio_per_layer": {str(layer): {"all": 0.5} for layer in layers},
+        "skip_ratio_per_layer": {str(layer): ratios for layer in layers},
     }  # fmt: skip
     from modes_cli import files
 

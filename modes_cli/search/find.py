@@ -231,7 +231,7 @@ class _Search:
         if (paper.name, paper.parameters) not in names:
             names.append((paper.name, paper.parameters))
         options = [candidate(policy(name, **parameters), self.measured, self.scores) for name, parameters in names]
-        return price_list(options, results, self.objective), self.objective.passes - before + self.scoring
+        return price_list(options, results, self.objective, self._tau), self.objective.passes - before + self.scoring
 
 
 def _predicted(winner: Candidate, best: Point) -> float:

@@ -1,11 +1,10 @@
 """The price list of a model: what each policy costs at every ratio, not only at those that were asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from modes_cli.artifacts.thresholds import FrontierEntry, SearchResult
-from modes_cli.models.groups import DECODE
 from modes_cli.search.auto import LEAST_SAMPLES, LEAST_SHARE
 from modes_cli.search.edge import Edge
 from modes_cli.search.objective import Objective, Point
@@ -16,10 +15,16 @@ TRIES = 3  # a place is corrected so often where the measured ratio is off
 _USUAL = 0.3  # place of the edge where nothing is known
 
 
-def price_list(options: Sequence[Candidate], results: Sequence[SearchResult], objective: Objective) -> list[FrontierEntry]:
+def price_list(
+    options: Sequence[Candidate],
+    results: Sequence[SearchResult],
+    objective: Objective,
+    tau_of: Callable[[Point], dict[str, float]],
+) -> list[FrontierEntry]:
     """Each candidate at each ratio that it reaches, confirmed by measurement on a part of the samples.
 
-    Where on the edge: between the places that were best for the results of the same policy, or of any.
+    Where on the edge: between the places that were best for the results of the same policy, or of any. `tau_of` gives a
+    point's thresholds by the groups that the model has.
     """
     share = min(1.0, max(LEAST_SHARE, LEAST_SAMPLES / objective.samples))
     entries = []
@@ -30,7 +35,7 @@ def price_list(options: Sequence[Candidate], results: Sequence[SearchResult], ob
             if ratio > problem.staircase.largest:
                 break
             point = _measured(Edge(problem), _place(places, ratio), share)
-            entries.append(_entry(option, ratio, point))
+            entries.append(_entry(option, ratio, point, tau_of(point)))
     return entries
 
 
@@ -65,9 +70,7 @@ def _place(known: Mapping[float, float], ratio: float) -> float:
     return float(np.interp(ratio, targets, [known[target] for target in targets]))
 
 
-def _entry(option: Candidate, ratio: float, point: Point) -> FrontierEntry:
-    text, vision, decode = point.tau
-    tau = {"text": text, "vision": vision} | ({} if decode == text else {"decode": float(point.rule.tau[DECODE])})
+def _entry(option: Candidate, ratio: float, point: Point, tau: dict[str, float]) -> FrontierEntry:
     return FrontierEntry(
         target=ratio,
         policy=option.policy.name,

@@ -104,6 +104,12 @@ def domain(name: str, version: int = 1) -> Callable[[onnx.ModelProto], None]:
     return lambda model: model.opset_import.append(onnx.helper.make_opsetid(name, version))
 
 
+def stock_moe(model: onnx.ModelProto) -> None:
+    """Of a domain from which graphs have other operators."""
+    domain("com.microsoft")(model)
+    model.graph.node.append(onnx.helper.make_node("MoE", ["inputs_embeds"], ["moe"], domain="com.microsoft"))
+
+
 GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "parent folder": (lambda m: external(m, location="../" + SHARD), "outside"),
     "absolute path": (lambda m: external(m, location="/etc/passwd"), "outside"),
@@ -122,7 +128,8 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "a scan that hides an operator": (hidden_in("Scan", "body"), "Scan"),
     "a graph of an operator that has none": (hidden_in("Relu", "body"), "Relu"),
     "training": (training, "training_info"),
-    "operators of ONNX Runtime's own": (domain("com.microsoft"), "com.microsoft"),
+    "operators of ONNX Runtime's own": (stock_moe, "com.microsoft::MoE"),
+    "another version of ONNX Runtime's own": (domain("com.microsoft", 2), "com.microsoft"),
     "operators of machine learning before networks": (domain("ai.onnx.ml", 3), "ai.onnx.ml"),
     "another version of our operators": (domain("modes", 2), "modes"),
     "operators of the future": (domain("", 99), "99"),

@@ -10,7 +10,9 @@ import pytest
 from modes_cli.artifacts.bundle import Bundle, OperatingPoint
 from modes_cli.data.sample import DataSpec
 from modes_cli.errors import BadOption
+from modes_cli.evaluation import subject as subjects
 from modes_cli.evaluation.subject import subject_of
+from modes_cli.export.integrity import read_bundle
 from modes_cli.requests import EvaluateRequest
 from modes_cli.run_folder import RunFolder
 from modes_cli.runtime import ort_model
@@ -22,7 +24,7 @@ OWN = (0.75, 0.6)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     points = [
         OperatingPoint(target=target, decode_target=decode, tau={"text": tau}, skip_ratio=target, kl=0.1)
         for (target, decode), tau in POINTS.items()
@@ -30,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
     own = {"target": OWN[0], "decode_target": OWN[1], "tau": {"text": POINTS[OWN]}}
     bundle: Bundle = examples.artifact("bundle").model_copy(update={"points": points, **own})
     (tmp_path / "bundle.json").write_text(bundle.model_dump_json())
+    monkeypatch.setattr(subjects, "check_for_loading", read_bundle)  # there are no other files
     return tmp_path
 
 

@@ -2,7 +2,7 @@
 
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,18 +75,21 @@ def test_a_disk_that_is_full_while_graphs_are_traced(tmp_path: Path, monkeypatch
     run = make_run(tmp_path / "run", make_checkpoint(tmp_path / "checkpoint"))
     full, saved = threading.Event(), list[str]()
 
-    def write(*_: object) -> None:
+    def write(*_: object, **__: object) -> None:
         full.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def graphs(_: object) -> Iterator[tuple[str, None]]:
-        for name in ("embedding.onnx", "vision.onnx"):
-            assert full.wait(60)
-            yield name, None
+    def graphs(_: object) -> dict[str, Callable[[], bool]]:
+        return {name: lambda: full.wait(60) for name in ("embedding.onnx", "vision.onnx")}
+
+    def save(traced: bool, path: Path, _: object) -> None:
+        assert traced
+        saved.append(path.name)
+        path.touch()
 
     monkeypatch.setattr(weights, "write_weights", write)
     monkeypatch.setattr(exporter, "_graphs", graphs)
-    monkeypatch.setattr(exporter, "_save", lambda _, path, __: saved.append(path.name))
+    monkeypatch.setattr(exporter, "_save", save)
     with pytest.raises(WriteFailed, match="No space left"):
         export_bundle(ExportRequest(run=run))
     assert saved[:1] == ["embedding.onnx"]

@@ -57,9 +57,9 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return half_bundle(tmp_path_factory.getbasetemp())
 
 
-def with_graph(folder: Path, name: str) -> OrtModel:
-    """A bundle that runs another decoder graph on the CPU."""
-    model, options = OrtModel(folder, threads=1), ort.SessionOptions()
+def with_graph(folder: Path, name: str, bundle: Path | None = None) -> OrtModel:
+    """A bundle that runs another decoder graph on the CPU. `bundle`: where it is, if the graph's folder holds more than one."""
+    model, options = OrtModel(bundle or folder, threads=1), ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     options.register_custom_ops_library(str(library_path("libmodes_cpu.so")))
     model.decoder = ort.InferenceSession(str(folder / name), options, providers=[CPU])
@@ -84,10 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, OrtModel
     text = plan.config.get_text_config()
     spec = DecoderSpec(text, plan.family.deepstack(plan.config), plan.blocks, plan.tokens, rule, grouped=True)
     assert grouped.fits(text, spec.cache)
-    plain = OrtModel(folder, threads=1)
+    plain = OrtModel(bundle, threads=1)
     _save(export_decoder(plan.model, plan.mode, plan.family, spec), folder / GROUPED, plan)
     check_graph(folder / GROUPED, graph_weights(folder, read(folder)))
-    return plain, with_graph(folder, GROUPED)
+    return plain, with_graph(folder, GROUPED, bundle)
 
 
 class SharedBuffers(OrtModel):

@@ -100,10 +100,12 @@ def result(calibration: Calibration, folder: RunFolder, rule: Policy, target: fl
         scales = [plain.score_scale[layer, number].mean() for layer in range(len(pi))]  # of experts, if they have their own
         values = torch.cat([scale * one[group == number].reshape(-1) for scale, one in zip(scales, pi, strict=True)])
         middle[name] = float(values.median())
-    ratios = {"text": target - 0.03, "vision": min(1.0, target + 0.05), "decode": decode or target * 0.6, "special": 0.0}
-    layers = {name: {**ratios, "all": min(1.0, target + 0.03 * place)} for place, name in enumerate(calibration.importance)}
-    for one in layers.values():
-        del one["special"]
+    ratios = {"text": target - 0.03, "vision": min(1.0, target + 0.05), "decode": decode or target * 0.6}
+    middle_layer = (len(calibration.importance) - 1) / 2
+    layers = {
+        name: {**ratios, "all": target + 0.001 + 0.003 * (place - middle_layer)}
+        for place, name in enumerate(calibration.importance)
+    }
     damage = kl(target, 0.5)
     others = [
         Alternative(policy=name, parameters={}, tau={"text": 0.1}, skip_ratio=target, kl=damage, kl_selection=damage, share=1.0)
@@ -121,7 +123,7 @@ def result(calibration: Calibration, folder: RunFolder, rule: Policy, target: fl
         kl=damage,
         kl_selection=damage,
         kl_held_out=damage * 1.1,
-        predicted_skip_ratio=target,
+        predicted_skip_ratio=0.5,  # as they are the same thresholds
         model_passes=12.0,
         distinct_experts=[
             DistinctExperts(batch=batch, full=8.0 * batch**0.3, skipped=5.0 * batch**0.3) for batch in (1, 8, 64)

@@ -182,7 +182,9 @@ def test_a_bundle_has_the_libraries_of_the_installation(
     base: Path, bundle: Path, tmp_path: Path, installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its graphs, which take long, are copied from a bundle of the same checkpoint and thresholds."""
-    monkeypatch.setattr(exporter, "_graphs", lambda _plan: [(graph.name, graph) for graph in bundle.glob("*.onnx")])
+    monkeypatch.setattr(
+        exporter, "_graphs", lambda _plan: {graph.name: lambda graph=graph: graph for graph in bundle.glob("*.onnx")}
+    )
     monkeypatch.setattr(exporter, "_save", lambda graph, path, _plan: shutil.copy(graph, path))
     assert CPU_LIBRARY is not None
     cuda = tmp_path / "built.so"

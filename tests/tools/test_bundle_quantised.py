@@ -34,7 +34,7 @@ def test_every_bundle_is_timed_with_and_without_skipping(bundle: Path, tmp_path:
     other.mkdir()
     for path in bundle.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    (other / "bundle.json").write_text(json.dumps(changed | {"target": 0.3}), "utf-8")
+    (other / "bundle.json").write_text(json.dumps(changed | {"model": changed["model"] | {"digest": "0" * 64}}), "utf-8")
     with pytest.raises(BadOption, match="different models or targets"):
         measured({"float32": bundle, "int8": other}, 1)
 
