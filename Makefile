@@ -37,7 +37,7 @@ SIGN_STAMP := $(SIGN_VENV)/.setup
 SIGN_NEEDS := model-signing==1.1.1 pyopenssl==26.4.0
 SOURCES := pyproject.toml $(shell find kernels -type f -not -path 'kernels/bench/*' 2>/dev/null)
 
-.PHONY: setup demo test test-eval signing sanitize fuzz lint schemas clean
+.PHONY: setup demo test test-eval signing sanitize atheris fuzz lint schemas clean
 
 setup: $(STAMP)
 
@@ -86,9 +86,11 @@ signing: $(SIGN_STAMP)
 sanitize: $(STAMP)
 	$(BIN)/python -m tools.sanitize
 
-fuzz: $(STAMP)
+atheris: $(STAMP)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || { echo "installing atheris"; \
 	  $(PIP) "$$(sed -n 's/^fuzz = \["\([^;"]*\).*/\1/p' pyproject.toml)"; }
+
+fuzz: atheris
 	$(BIN)/python -m tests.fuzz $(FUZZ) --seconds $(FUZZ_SECONDS)
 
 lint: $(STAMP)

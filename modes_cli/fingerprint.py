@@ -63,15 +63,21 @@ def _samples(path: Path) -> Iterable[bytes]:
 
 
 @cache
-def _tools() -> dict[str, Any]:
-    """This package's code and kernels, and the libraries it computes with."""
-    from modes_cli.runtime import libraries
-
+def code_digest() -> str:
+    """SHA-256 over this package's Python files."""
     code = hashlib.sha256()
     root = Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
         code.update(f"\0{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
-    found: dict[str, Any] = {"tools.code": code.hexdigest(), "tools.python": platform.python_version()}
+    return code.hexdigest()
+
+
+@cache
+def _tools() -> dict[str, Any]:
+    """This package's code and kernels, and the libraries it computes with."""
+    from modes_cli.runtime import libraries
+
+    found: dict[str, Any] = {"tools.code": code_digest(), "tools.python": platform.python_version()}
     for name in (libraries.CPU, libraries.CUDA):
         library = libraries.library_path(name)
         found[f"tools.{name}"] = None if library is None else files.sha256(library)

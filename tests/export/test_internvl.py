@@ -153,20 +153,20 @@ def test_the_same_logits_and_tokens(made: Made, samples: list[Sample], which: tu
 
 @pytest.mark.parametrize("target", [0.3, 0.6, None], ids=["0.3", "0.6", "nothing skipped"])
 def test_answers_of_transformers(made: Made, target: float | None) -> None:
-    """30 different questions, generated token by token, at both operating points; with nothing skipped, against the model that
+    """100 different questions, generated token by token, at both operating points; with nothing skipped, against the model that
     nothing was done to.
     """
     runtime = made.torch if target is None else open_model(ModelSpec(str(made.checkpoint), device="cpu"), made.run, target)
     plain = load(ModelSpec(str(made.checkpoint), device="cpu")) if target is None else None
     tau = NOTHING if target is None else runtime.rule.tau.numpy()
     skipped, answers = 0.0, []
-    for asked in batches(varied(30)):
+    for asked in batches(varied(100)):
         prompts = made.ort.prompts([s.images for s in asked], [s.question for s in asked])
         found = made.ort.answer(prompts, STEPS, tau)
         with runtime.engine.using(rule=None if plain else runtime.rule):
             assert found.tokens == generated(plain or runtime.loaded, asked, STEPS)
         skipped, answers = max(skipped, found.skip_ratio["all"]), answers + found.tokens
-    assert len(answers) == 30
+    assert len(answers) == 100
     assert len({tuple(answer) for answer in answers}) > 15
     assert sum(map(len, answers)) > 5 * len(answers)
     assert (skipped > 0.2) == (target is not None)

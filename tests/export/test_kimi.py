@@ -214,20 +214,20 @@ def test_generates_the_same_text(case: Case) -> None:
 
 @pytest.mark.parametrize("share", [0.8, 1, 0], ids=["fewer", "searched", "nothing skipped"])
 def test_answers_of_transformers(case: Case, share: float) -> None:
-    """30 different questions, generated token by token, at two operating points; with nothing skipped, against the model that
+    """100 different questions, generated token by token, at two operating points; with nothing skipped, against the model that
     nothing was done to.
     """
     tau = {group: share * value for group, value in case.ort.bundle.tau.items()}
     plain = None if share else load(ModelSpec(str(case.checkpoint), device="cpu"))
     rule = case.rule.with_tau(tau)
     ratios, answers = [], []
-    for asked in batches(varied(30)):
+    for asked in batches(varied(100)):
         found = case.ort.generate([s.images for s in asked], [s.question for s in asked], STEPS, tau)
         with case.engine.using(rule=rule):
             assert found.tokens == generated(plain or case.loaded, asked, STEPS)
         ratios.append(found.skip_ratio["all"])
         answers += found.tokens
-    assert len(answers) == 30
+    assert len(answers) == 100
     assert len({tuple(answer) for answer in answers}) > 15
     assert sum(map(len, answers)) > 5 * len(answers)
     assert (max(ratios) > 0.1) == (share > 0), ratios

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from modes_cli.fingerprint import code_digest
 from tests.export.bundles import shared_bundle, shared_checkpoint
 from tests.fuzz import engine, mutate, places, runs
 from tests.once import shared_base
@@ -28,7 +29,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     """One process for all targets: it forks for each, so that what one does is not another's."""
     base, out = shared_base(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz")
     places.make_files(out / "files", shared_bundle(base), shared_checkpoint(base))
-    (out / "files" / "whole").touch()
+    (out / "files" / "code").write_text(code_digest(), "utf-8")
     words = [sys.executable, "-m", "tests.fuzz", "--engine", "plain", "--executions", str(EXECUTIONS), "--seconds", "3600",
              "--out", str(out)]  # fmt: skip
     done = subprocess.run(
