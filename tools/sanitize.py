@@ -22,7 +22,7 @@ KERNELS, TESTS = ROOT / "kernels", ROOT / "tests" / "kernels"
 COMPILER = os.environ.get("CXX", "g++")
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "baseline")  # widest first
 ARITHMETIC = ("isa", "memory", "shapes", "skip_experts", "threads")  # what differs between them
-ONCE = ("onnx_op", "torch_operator", "quantised")  # the last goes through all of them by itself
+ONCE = ("onnx_op", "torch_operator", "route", "quantised")  # the last goes through all of them by itself
 EMULATED = ("layer", "decode", "hopper", "mma", "float")
 # Python, torch and the test tools leak at exit; the driver below has none of them, and is checked for leaks.
 FLAGS = {"address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined", "thread": "-fsanitize=thread"}

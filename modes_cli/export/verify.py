@@ -136,9 +136,8 @@ def _kernels(folder: Path, bundle: Bundle) -> str:
         elif built != here():
             found.append(f"the installed {kernel.file} will run; the bundle's is for {built}")
         elif kernel.sha256 != files.sha256(path):
-            raise BadArtifact(
-                str(folder / kernel.file), "SHA-256", f"differs from that of the installed `{path}` for the same platform"
-            )
+            problem = f"differs from that of the installed `{path}` for the same platform: export again, or verify with the"
+            raise BadArtifact(str(folder / kernel.file), "SHA-256", f"{problem} installation that the bundle was made with")
         else:
             found.append(f"the installed {kernel.file} is the bundle's")
     listed = {kernel.file for kernel in bundle.provenance.kernels}
