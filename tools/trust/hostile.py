@@ -24,6 +24,7 @@ LONG = (*SHORT, "tests/cli/test_damaged_bundle.py", "tests/cli/test_damaged_run.
 NO_ATTACKS = ("test_nothing_changes", "test_of_another_machine", "test_a_bundle_runs_where_nothing_is_installed",
               "test_any_bytes_are_read_or_refused", "test_any_header_is_read_or_refused",
               "test_export_replaces_nothing_but_bundles")  # fmt: skip
+OPERATOR = "operator:"  # begins the names of attacks on inputs, not files
 REPORT = "MODES_HOSTILE_REPORT"  # where the plugin below writes
 
 
@@ -60,13 +61,19 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The result as a table."""
     named, most = result["named"], result["most_bytes"]
     commands = [one for one in named if one["exit_code"] is not None]
+    inputs = [one for one in named if one["name"].startswith(OPERATOR)]
     slowest = max(named, key=lambda one: one["seconds"])
     return [
-        ("hostile files refused", f"{result['refused']} of {result['attacks']}"),
-        ("of these from the command line, exit code 1", f"{sum(one['refused'] for one in commands)} of {len(commands)}"),
+        ("hostile files refused", _share([one for one in named if not one["name"].startswith(OPERATOR)])),
+        ("of these from the command line, exit code 1", _share(commands)),
+        ("hostile inputs of the operator: an error status, or kept to their token", _share(inputs)),
         ("longest refusal", f"{slowest['seconds']:.2f} s ({slowest['name']})"),
         ("most memory of one test, making the file included", "not measured" if most is None else f"{most / 1e6:.0f} MB"),
     ]
+
+
+def _share(attacks: list[dict[str, Any]]) -> str:
+    return f"{sum(one['refused'] for one in attacks)} of {len(attacks)}"
 
 
 # -- the pytest plugin that `measure` loads ---------------------------------------------------------------------------
