@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from modes_cli import unfinished
 from modes_cli.unfinished import State, Unfinished
+from tests.notes import Notes
 
 MADE_FROM = {"model.digest": "a", "options.batch_size": 2, "options.none": None}
 TENSORS = {
@@ -22,20 +23,6 @@ TENSORS = {
     "one": torch.tensor(7),
 }
 NOTES = {"texts": ["ü", "\ud800", ""], "seconds": 0.1 + 0.2, "none": None}
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def start(self, label: str, total: int) -> None:
-        pass
-
-    def advance(self, pieces: int = 1) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(autouse=True)

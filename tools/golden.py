@@ -6,7 +6,6 @@ Profile, calibration, thresholds, evaluation, bench and a bundle without graphs,
 release, when nothing of its formats will change any more; a folder that is there is never written again.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,9 +17,6 @@ from modes_cli import __version__
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
 SEED = 7
-SETTINGS = (
-    "tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 DATA = ("--data", "digits", "--samples", "2", "--batch-size", "1")
 STEPS: tuple[tuple[str, ...], ...] = (
     ("profile", "checkpoint", *DATA),
@@ -35,12 +31,11 @@ STEPS: tuple[tuple[str, ...], ...] = (
 
 def write_checkpoint(folder: Path) -> None:
     """Qwen3-VL-MoE with one MoE layer of four experts and random weights, with the built-in model's tokenizer."""
-    import torch
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-    from modes_cli.models.checkpoint import REFERENCE_FOLDER
+    from tests.checkpoints import reference_config, save
 
-    tree = json.loads((REFERENCE_FOLDER / "config.json").read_text("utf-8"))
+    tree = reference_config()
     text, vision = dict(tree["text_config"]), dict(tree["vision_config"])
     text.pop("num_local_experts", None)
     text |= {
@@ -54,21 +49,7 @@ def write_checkpoint(folder: Path) -> None:
     }  # fmt: skip
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **{name: tree[name] for name in ids})
-    torch.manual_seed(SEED)
-    model = Qwen3VLMoeForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:  # spread, so that routing is not degenerate
-                parameter.normal_(0, 1.0 / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "processor_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
-        shutil.copy(REFERENCE_FOLDER / name, folder / name)
+    save(Qwen3VLMoeForConditionalGeneration(config), folder, SEED)
 
 
 def main() -> int:

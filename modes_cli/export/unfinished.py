@@ -14,7 +14,7 @@ from typing import Any
 
 import pydantic
 
-from modes_cli import files
+from modes_cli import files, strict_json
 from modes_cli.artifacts.base import first_difference
 from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.errors import BadArtifact
@@ -90,13 +90,13 @@ class UnfinishedBundle:
         if self.folder.is_symlink() or not path.exists():
             return {}
         try:
-            tree = json.loads(files.read_text(path, LIST_LIMIT))
+            tree = strict_json.read(path, LIST_LIMIT)
             if difference := first_difference(tree["fingerprint"], self._fingerprint):
                 name, before, now = difference
                 self._say(f"is of another export, {name} was `{before}` and is `{now}`")
                 return {}
             found = [BundleFile.model_validate(one) for one in tree["files"]]
-        except (BadArtifact, ValueError, KeyError, TypeError, AttributeError, RecursionError, pydantic.ValidationError):
+        except (BadArtifact, KeyError, TypeError, AttributeError, pydantic.ValidationError):
             self._say("is damaged")
             return {}
         return {file.path: file for file in found}

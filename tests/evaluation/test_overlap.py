@@ -18,24 +18,9 @@ from modes_cli.data.sample import DataSpec, Sample
 from modes_cli.evaluation import evaluate
 from modes_cli.requests import EvaluateRequest
 from modes_cli.run_folder import RunFolder
+from tests.notes import Notes
 from tests.pipeline import prepared_run
 from tests.runs import SAMPLES
-
-
-class Notes:
-    """Progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def start(self, label: str, total: int) -> None:
-        pass
-
-    def advance(self, pieces: int = 1) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture

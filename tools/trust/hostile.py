@@ -1,13 +1,12 @@
 """Run the named attacks, one test each, and count those that were refused.
 
-    python -m tools.trust.hostile [--short] [--output docs/benchmarks/trust-hostile.json]
+    python -m tools.trust.hostile [--long]
 
 An attack is refused when its test passes: the command ends with exit code 1 and names the file, or the library raises the error
 that makes it do so, before anything is loaded. Memory is how far the test's process grew meanwhile; commands run in processes
 of their own, whose memory is not measured.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -32,8 +31,8 @@ def measure(long: bool) -> dict[str, Any]:
     """Run the attacks. `long`: those on the command line as well.
 
     Returns:
-        {"attacks", "refused", "seconds", "most_bytes", "named": [{"name", "refused", "exit_code", "seconds", "bytes"}]};
-        exit_code is None where the library was called instead of the command.
+        {"attacks", "refused", "seconds", "most_bytes", "named": [{"name", "refused", "command", "seconds", "bytes"}]};
+        command: whether it was the command, as a process, and not the library.
 
     Raises:
         RuntimeError: pytest did not run them.
@@ -60,12 +59,12 @@ def measure(long: bool) -> dict[str, Any]:
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The result as a table."""
     named, most = result["named"], result["most_bytes"]
-    commands = [one for one in named if one["exit_code"] is not None]
+    commands = [one for one in named if one["command"]]
     inputs = [one for one in named if one["name"].startswith(OPERATOR)]
     slowest = max(named, key=lambda one: one["seconds"])
     return [
         ("hostile files refused", _share([one for one in named if not one["name"].startswith(OPERATOR)])),
-        ("of these from the command line, exit code 1", _share(commands)),
+        ("of these by the command, with exit code 1", _share(commands)),
         ("hostile inputs of the operator: an error status, or kept to their token", _share(inputs)),
         ("longest refusal", f"{slowest['seconds']:.2f} s ({slowest['name']})"),
         ("most memory of one test, making the file included", "not measured" if most is None else f"{most / 1e6:.0f} MB"),
@@ -115,7 +114,7 @@ def pytest_runtest_logreport(report: Any) -> None:
     found = {
         "name": f"{Path(file).stem.removeprefix('test_')}: {test.removeprefix('test_')}",
         "refused": bool(report.passed),
-        "exit_code": 1 if on_command and report.passed else None,
+        "command": on_command,
         "seconds": round(report.duration, 3),
         "bytes": grown,
     }
@@ -123,33 +122,7 @@ def pytest_runtest_logreport(report: Any) -> None:
         lines.write(json.dumps(found, ensure_ascii=True) + "\n")
 
 
-def main() -> int:
-    """Measure, print the table, write the numbers; 1 where an attack was not refused."""
-    parser = argparse.ArgumentParser(description="Run the named attacks and count what was refused.")
-    parser.add_argument("--short", action="store_true", help="not from the command line")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks" / "trust-hostile.json")
-    options = parser.parse_args()
-    result = measure(not options.short)
-
-    import torch
-
-    from modes_cli.benchmark.machine import measure_machine
-    from modes_cli.models.loading import versions
-
-    tree = {
-        "command": "python -m tools.trust.hostile" + (" --short" if options.short else ""),
-        "machine": measure_machine(torch.device("cpu")).model_dump(),
-        "versions": versions().model_dump(),
-        "result": result,
-    }
-    options.output.write_text(json.dumps(tree, indent=1) + "\n", "utf-8")
-    for name, value in rows(result):
-        print(f"{name:50} {value}")
-    for one in result["named"]:
-        if not one["refused"]:
-            print(f"NOT REFUSED: {one['name']}", file=sys.stderr)
-    return 0 if result["refused"] == result["attacks"] else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from tools.trust import record
+
+    record.main("hostile", measure, lambda result: result["refused"] == result["attacks"])

@@ -6,9 +6,7 @@ command must end well, and the run folder must have the bytes of one that nobody
 a tiny random Qwen3-VL-MoE; commands are forked from a process that has the libraries loaded.
 """
 
-import argparse
 import contextlib
-import json
 import random
 import shutil
 import signal
@@ -143,11 +141,7 @@ class _Bench:
         counts.differences += [f"{what}: {one}" for one in wrong]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", action="store_true", help="30 kills of each step at random moments and 14 at file operations")
-    print(json.dumps(measure(parser.parse_args().long), indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    from tools.trust import record
+
+    record.main("kills", measure, lambda result: not any(one["differences"] for one in result["commands"].values()))

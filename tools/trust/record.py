@@ -1,7 +1,9 @@
 """The file of a section: what was found, with the command, the machine and the versions that it was found with."""
 
 import argparse
+import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ from modes_cli.doctor import diagnose
 
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "benchmarks"
 KEYS = {"command", "machine", "versions", "result"}
+PARSERS = ("atheris", "pillow", "pyarrow", "tokenizers")  # and what looks for defects in them: `diagnose` does not name these
 
 
 def path(name: str, folder: Path = FOLDER) -> Path:
@@ -31,6 +34,9 @@ def machine() -> dict[str, Any]:
 def write(name: str, how: str, result: dict[str, Any], folder: Path = FOLDER) -> Path:
     """Keep a section's result; all or nothing."""
     versions = {package: version for package, version in diagnose()["versions"].items() if version is not None}
+    for package in PARSERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     tree = {"command": how, "machine": machine(), "versions": versions, "result": result}
     files.write_bytes(path(name, folder), files.canonical_json(tree).encode())
     return path(name, folder)
@@ -60,8 +66,12 @@ def command(name: str, long: bool) -> str:
     return f"python -m tools.trust{' --long' * long} {name}"
 
 
-def main(name: str, measure: Callable[[bool], dict[str, Any]]) -> None:
-    """`python -m tools.trust.NAME [--long]`: measure one section and keep the result."""
+def main(name: str, measure: Callable[[bool], dict[str, Any]], sound: Callable[[dict[str, Any]], bool]) -> None:
+    """`python -m tools.trust.NAME [--long]`: measure one section and keep the result.
+
+    Raises:
+        SystemExit: with 1, if the result is not `sound`.
+    """
     parser = argparse.ArgumentParser(description=f"Measure the section `{name}` of docs/trust.md.")
     parser.add_argument("--long", action="store_true", help="as often as for a release")
     long = parser.parse_args().long
@@ -69,3 +79,4 @@ def main(name: str, measure: Callable[[bool], dict[str, Any]]) -> None:
     print(f"written: {write(name, command(name, long), result)}")
     for what, number in rows(name, result):
         print(f"{what}: {number}")
+    raise SystemExit(not sound(result))

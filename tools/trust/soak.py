@@ -1,6 +1,6 @@
 """One ONNX Runtime session of a bundle under many threads: whether it leaks, and whether any answer changes.
 
-    python -m tools.trust.soak [--long] [--json FILE]
+    python -m tools.trust.soak [--long]
 
 The bundle is made of `digits`. A request is a prefill of one to four prompts, with or without images, at one of several
 thresholds, and returns logits, counts of kept pairs and the whole cache. Every answer is compared bit for bit with one that a
@@ -9,12 +9,10 @@ is in use after all threads have stopped for a moment: what malloc has handed ou
 measured in a process of its own, whose malloc keeps nothing back for single threads, so that what is freed is seen to be.
 """
 
-import argparse
 import ctypes
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,12 +25,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
 
-import modes_cli
-from modes_cli import files
-from modes_cli.benchmark.machine import measure_machine
 from modes_cli.calibration import calibrate
 from modes_cli.data import open_source
 from modes_cli.data.sample import DataSpec
@@ -53,8 +47,7 @@ TAUS = (0.0, 0.02, 0.05, 0.1, 10.0)  # of text and vision; the last skips every 
 REFUSED = 16  # one request in so many has a tau of another length
 RESULT = "soak.json"
 ROOT = Path(__file__).parents[2]
-OUTPUT = ROOT / "docs" / "benchmarks" / "trust-soak.json"
-COMMAND = "python -m tools.trust.soak --long"
+INSIDE = "--inside"
 
 Feeds = dict[str, NDArray[Any]]
 Answer = list[NDArray[Any]]
@@ -264,7 +257,7 @@ def measure_here(folder: Path, long: bool) -> dict[str, Any]:
 def measure(long: bool) -> dict[str, Any]:
     """Ten minutes, or ten seconds, of requests; then sessions opened and closed."""
     with tempfile.TemporaryDirectory(prefix="modes-soak-") as name:
-        words = [sys.executable, "-m", "tools.trust.soak", "--inside", name, *(["--long"] if long else [])]
+        words = [sys.executable, "-m", "tools.trust.soak", INSIDE, name, *(["--long"] if long else [])]
         subprocess.run(words, cwd=ROOT, env={**os.environ, **MALLOC}, check=True, stdout=subprocess.DEVNULL)
         return dict(json.loads((Path(name) / RESULT).read_text("utf-8")))
 
@@ -291,28 +284,17 @@ def leaked(found: dict[str, float]) -> str:
     return f"{found['leak']:,.0f} bytes (measured {found['slope']:+,.0f} ± {3 * found['error']:,.0f})"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="One session under 32 threads.")
-    parser.add_argument("--long", action="store_true", help="ten minutes instead of ten seconds")
-    parser.add_argument("--json", type=Path, help="where the numbers go; with --long: docs/benchmarks/trust-soak.json")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)  # the process of its own, and its folder
-    given = parser.parse_args()
-    if given.inside is not None:
-        result = measure_here(given.inside, given.long)
-        (given.inside / RESULT).write_text(json.dumps(result), "utf-8")
-        return 0
-    result = measure(given.long)
-    for name, value in rows(result):
-        print(f"{name}: {value}")
-    output = given.json or (OUTPUT if given.long else None)
-    if output is not None:
-        versions = {"python": platform.python_version(), "onnxruntime": ort.__version__, "modes": modes_cli.__version__}
-        machine = measure_machine(torch.device("cpu")).model_dump(mode="json") | {"cores": len(os.sched_getaffinity(0))}
-        tree = {"command": COMMAND, "machine": machine, "versions": versions, "result": result}
-        files.write_bytes(output, files.canonical_json(tree).encode())
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether no answer changed, and nothing leaked where it was measured long enough to tell."""
     wrong = result["answers_changed"] + result["refused_or_taken_wrongly"] + result["opened_and_closed"]["answers_changed"]
-    return 1 if wrong or (given.long and result["bytes_per_1000_requests"]["leak"]) else 0  # ten seconds say little of leaks
+    told = result["seconds"] >= SECONDS[True]  # ten seconds say little of leaks
+    return not wrong and not (told and result["bytes_per_1000_requests"]["leak"])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    if sys.argv[1:2] == [INSIDE]:  # the process of its own, and its folder
+        (Path(sys.argv[2]) / RESULT).write_text(json.dumps(measure_here(Path(sys.argv[2]), "--long" in sys.argv)), "utf-8")
+    else:
+        from tools.trust import record
+
+        record.main("soak", measure, is_sound)
