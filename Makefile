@@ -4,7 +4,8 @@
 # make test-eval  the tests that need lmms-eval, in an environment of their own that sees this one's packages
 # make signing  OpenSSF model-signing in .venv-sign; the tests of docs/pipeline sign with it where it is there
 # make sanitize  the kernel tests on libraries built with the address, undefined-behaviour and thread sanitizers
-# make fuzz    every parser with atheris for FUZZ_SECONDS each; FUZZ names some of them only; defects are in build/fuzz
+# make fuzz    every parser with atheris for FUZZ_SECONDS each; FUZZ names some of them only, and gives other options of
+#              tests/fuzz; defects are in build/fuzz
 # make lint    ruff, mypy, schemas in sync
 # make schemas schemas/ from modes_cli/artifacts
 # make clean   build outputs and caches; .venv, .venv-eval and run folders stay

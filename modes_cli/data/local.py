@@ -5,6 +5,7 @@ A folder with several data files needs `--split NAME` to pick NAME.jsonl or NAME
 """
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,7 @@ def select(total: int, samples: int | None, seed: int) -> Iterator[int]:
     if samples is None or samples >= total:
         yield from range(total)
         return
-    rng, order = Random(seed), list(range(total))
+    rng, order = Random(seed), array("q", range(total))
     for last in range(total - 1, 0, -1):  # only `random()` is promised to stay the same across Python versions
         other = int(rng.random() * (last + 1))
         order[last], order[other] = order[other], order[last]

@@ -18,6 +18,7 @@ MAX_LINE = 16 << 20  # bytes of one .jsonl line
 HEAD = 64  # lines that are looked at for column names
 BATCH = 16  # parquet rows in memory at a time: they may hold images
 MAX_ROW_BYTES = 1 << 30  # of one parquet row, unfolded
+MAX_ROWS = 1 << 26  # of one parquet file: the footer may claim any number, and drawing from them takes memory for each
 
 
 class Table(Protocol):
@@ -97,6 +98,19 @@ def parse_line(line: bytes) -> Row | Unusable:
     return row if isinstance(row, dict) else Unusable(f"the line holds a {type(row).__name__}, not an object")
 
 
+def count_rows(groups: list[int]) -> list[int]:
+    """The rows of each row group as the footer claims them, if they can be true.
+
+    Raises:
+        ValueError: a negative number, or more than MAX_ROWS together.
+    """
+    if any(rows < 0 for rows in groups):
+        raise ValueError(f"a row group has {min(groups)} rows")
+    if sum(groups) > MAX_ROWS:
+        raise ValueError(f"it has {sum(groups)} rows, the limit is {MAX_ROWS}")
+    return groups
+
+
 class Parquet:
     """A .parquet file."""
 
@@ -106,7 +120,7 @@ class Parquet:
         try:
             with pq.ParquetFile(path) as file:
                 groups = range(file.metadata.num_row_groups)
-                self._groups = [file.metadata.row_group(group).num_rows for group in groups]
+                self._groups = count_rows([file.metadata.row_group(group).num_rows for group in groups])
                 self._columns = [str(name) for name in file.schema_arrow.names]
                 # Kept as numbers of entries in a dictionary: a value that stands in many rows is in memory once.
                 leaves = (file.schema.column(number) for number in range(len(file.schema)))

@@ -9,13 +9,18 @@ import zipfile
 from pathlib import Path
 
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from modes_cli.data.archives import Archives
 from modes_cli.data.images import Unusable
-from modes_cli.errors import BadArtifact, BadModel, ModesError
+from modes_cli.data.local import open_samples
+from modes_cli.data.sample import DataSpec
+from modes_cli.data.tables import Parquet
+from modes_cli.errors import BadArtifact, BadData, BadModel, ModesError
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.export.safetensors_header import read_header
 from modes_cli.models.checkpoint import INDEX, checkpoint_files
@@ -135,3 +140,29 @@ def test_a_block_that_overflows(block: int) -> None:
     plain = case.but(gate_up=case.gate_up.view(torch.int8).float())  # `arguments` knows the dtypes of floats alone
     args = calling.arguments(plain, torch.empty_like(case.x), gate_up=case.gate_up.data_ptr(), **kinds, **scales)
     assert calling.call(args) == (calling.MODES_BAD_ARGUMENT, f"block is `{block}`, must be a multiple of 32 below 2^31")
+
+
+def parquet_that_claims(path: Path, below_zero: bool) -> None:
+    """12,345 rows, of which the row group's own count may be made -12,345: as zigzag varints they differ in one bit."""
+    pq.write_table(pa.table({"question": ["?"] * 12_345, "answer": ["!"] * 12_345}), path)
+    raw = bytearray(path.read_bytes())
+    if below_zero:
+        raw[raw.rindex(b"\xf2\xc0\x01")] = 0xF1  # after the columns' counts and the file's
+    path.write_bytes(raw)
+
+
+def test_a_row_group_with_fewer_rows_than_none(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    parquet_that_claims(path, below_zero=False)
+    assert len(Parquet(path)) == 12_345
+    parquet_that_claims(path, below_zero=True)
+    with pytest.raises(BadData, match="a row group has -12345 rows"):
+        open_samples(DataSpec(str(path), None, None), text_only=True)
+
+
+def test_more_rows_than_can_be_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.parquet"
+    parquet_that_claims(path, below_zero=False)
+    monkeypatch.setattr("modes_cli.data.tables.MAX_ROWS", 12_344)
+    with pytest.raises(BadData, match="it has 12345 rows, the limit is 12344"):
+        open_samples(DataSpec(str(path), None, 64), text_only=True)

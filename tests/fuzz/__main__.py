@@ -2,9 +2,9 @@
 
     python -m tests.fuzz [TARGET...] [--seconds 60] [--executions N] [--engine atheris|plain] [--seed 0] [--out build/fuzz]
 
-Real artifacts to begin from are made in OUT/files first; defects are in OUT/TARGET.json, with the input that shows each.
-The exit code is 1 if there are any. `atheris` comes with `pip install 'modes[fuzz]'`; `plain` is our own loop without coverage,
-which is what the tests use: a number of executions gives the same inputs each time.
+Real artifacts to begin from are made in OUT/files first; defects are printed, and are in OUT/TARGET.json, with the input that
+shows each. The exit code is 1 if there are any. `atheris` comes with `pip install 'modes[fuzz]'`; `plain` is our own loop
+without coverage, which is what the tests use. A number of executions in a new OUT gives the same inputs each time, with either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the parsers.")
     parser.add_argument("targets", nargs="*", choices=[[], *TARGETS], help="default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each target")
-    parser.add_argument("--executions", type=int, default=1 << 60, help="of each target; engine `plain` only")
+    parser.add_argument("--executions", type=int, default=1 << 60, help="of each target")
     parser.add_argument("--engine", choices=["atheris", "plain"], default="atheris")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"))
@@ -44,8 +44,8 @@ def main() -> int:
         found = report["defects"]
         print(f"{target}: {report['executions']:,} executions ({given.engine}) in {report['seconds']:.0f} s,", end=" ")
         print(f"{report['accepted']:,} accepted, {report['refused']:,} refused, {len(found)} defects", flush=True)
-        for name in found:
-            print(f"  {name}", flush=True)
+        for name, shown in found.items():
+            print(f"  {name}\n{shown['traceback']}  input: {shown['input']}", flush=True)
         defects += len(found)
     return 1 if defects else 0
 

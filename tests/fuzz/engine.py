@@ -120,8 +120,13 @@ def plain(watched: Watched, executions: int, seconds: float, seed: int) -> None:
             corpus.append(data)
 
 
-def with_atheris(watched: Watched, seconds: float, seed: int, corpus: Path, done: Callable[[], None]) -> NoReturn:
-    """libFuzzer, with our mutators beside its own. It ends the process, so the report is written by `done` before."""
+def with_atheris(
+    watched: Watched, executions: int, seconds: float, seed: int, corpus: Path, done: Callable[[], None]
+) -> NoReturn:
+    """libFuzzer, with our mutators beside its own. It ends the process, so the report is written by `done` before.
+
+    With a number of executions and a corpus that is empty at first the inputs are the same each time.
+    """
     import atheris
 
     corpus.mkdir(parents=True, exist_ok=True)
@@ -132,7 +137,7 @@ def with_atheris(watched: Watched, seconds: float, seed: int, corpus: Path, done
 
     def one(data: bytes) -> None:
         watched(data)
-        if time.monotonic() > until:
+        if watched.report.executions >= executions or time.monotonic() > until:
             done()
 
     def mutate(data: bytes, most: int, number: int) -> bytes:
@@ -143,7 +148,7 @@ def with_atheris(watched: Watched, seconds: float, seed: int, corpus: Path, done
             data = rng.choice(seeds)
         return bytes(watched.module.mutate(data, rng))[:most]
 
-    settings = {"seed": seed + 1, "artifact_prefix": f"{corpus.parent}/", "max_len": 1 << 20, "len_control": 0}
+    settings = {"seed": seed + 1, "artifact_prefix": f"{corpus.parent}/", "max_len": 1 << 20, "len_control": 0, "reload": 0}
     ours = {"rss_limit_mb": 0, "timeout": 3600, "verbosity": 0, "print_final_stats": 0}  # limits are those of `prepare`
     words = [sys.argv[0], str(corpus), *(f"-{name}={value}" for name, value in (settings | ours).items())]
     atheris.Setup(words, one, custom_mutator=mutate)

@@ -86,10 +86,11 @@ def run(target: str, limits: Limits, out: Path) -> dict[str, Any]:
 def _started(target: str, limits: Limits, out: Path, log: Path) -> int | None:
     """A new process: coverage needs modules that are not imported yet."""
     words = [sys.executable, "-m", "tests.fuzz", target, "--inside", "--engine", limits.engine, "--out", str(out),
-             "--seconds", str(limits.seconds), "--seed", str(limits.seed)]  # fmt: skip
+             "--seconds", str(limits.seconds), "--executions", str(limits.executions), "--seed", str(limits.seed)]  # fmt: skip
+    env = {**os.environ, "PYTHONHASHSEED": "0"}  # the order of sets is part of what coverage sees
     with log.open("wb") as file, contextlib.suppress(subprocess.TimeoutExpired):
         return subprocess.run(
-            words, cwd=ROOT, stdout=file, stderr=file, timeout=limits.seconds + MARGIN, check=False
+            words, cwd=ROOT, env=env, stdout=file, stderr=file, timeout=limits.seconds + MARGIN, check=False
         ).returncode
     return None
 
@@ -147,6 +148,6 @@ def inside(target: str, limits: Limits, out: Path) -> None:
         os._exit(0)  # libFuzzer takes an exit for a crash
 
     if limits.engine == "atheris":
-        engine.with_atheris(watched, limits.seconds, limits.seed, out / "corpus" / target, done)
+        engine.with_atheris(watched, limits.executions, limits.seconds, limits.seed, out / "corpus" / target, done)
     engine.plain(watched, limits.executions, limits.seconds, limits.seed)
     done()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,18 +25,28 @@ EXECUTIONS = 200
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One process for all targets: it forks for each, so that what one does is not another's."""
-    base, out = shared_base(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz")
-    places.make_files(out / "files", shared_bundle(base), shared_checkpoint(base))
-    (out / "files" / "code").write_text(code_digest(), "utf-8")
-    words = [sys.executable, "-m", "tests.fuzz", "--engine", "plain", "--executions", str(EXECUTIONS), "--seconds", "3600",
-             "--out", str(out)]  # fmt: skip
+def fuzz(out: Path, engine_name: str, *targets: str) -> None:
+    words = [sys.executable, "-m", "tests.fuzz", *targets, "--engine", engine_name, "--executions", str(EXECUTIONS),
+             "--seconds", "3600", "--out", str(out)]  # fmt: skip
     done = subprocess.run(
         words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 1), done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files to begin from."""
+    base, out = shared_base(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz")
+    places.make_files(out / "files", shared_bundle(base), shared_checkpoint(base))
+    (out / "files" / "code").write_text(code_digest(), "utf-8")
+    return out
+
+
+@pytest.fixture(scope="module")
+def reports(out: Path) -> dict[str, dict[str, Any]]:
+    """One process for all targets: it forks for each, so that what one does is not another's."""
+    fuzz(out, "plain")
     return {
         name: json.loads((out / f"{name}.json").read_text("utf-8"))
         for name in engine.TARGETS
@@ -64,6 +75,20 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
     first, second = ([change(data, Random(number)) for number in range(200)] for _ in range(2))
     assert first == second
     assert len(set(first)) > 100
+
+
+@pytest.mark.skipif(not runs.has_atheris(), reason="atheris is not installed")
+@pytest.mark.parametrize("target", ["thresholds_rule", "parquet_table"])
+def test_atheris_repeats_its_inputs_in_a_new_folder(out: Path, tmp_path: Path, target: str) -> None:
+    found = []
+    for name in ("first", "second"):
+        shutil.copytree(out / "files", tmp_path / name / "files")
+        fuzz(tmp_path / name, "atheris", target)
+        report = json.loads((tmp_path / name / f"{target}.json").read_text("utf-8"))
+        kept = {file.name: file.read_bytes() for file in (tmp_path / name / "corpus" / target).iterdir()}
+        found.append(([report[key] for key in ("engine", "executions", "accepted", "refused", "defects")], kept))
+    assert found[0][0][:2] == ["atheris", EXECUTIONS]
+    assert found[0] == found[1]
 
 
 class Harness:
