@@ -96,8 +96,8 @@ class TorchRuntime:
         """Answer samples greedily, as one batch, skipping by `rule` (None: the unmodified model)."""
         batch = prompt_batch(self.loaded, samples)
         clock = _Clock()
-        ended_ids = tuple(end for end in (*end_ids(self.loaded), self.loaded.tokenizer.pad_token_id) if end is not None)
-        self.engine.ended = ended_ids
+        ends, pad = end_ids(self.loaded), self.loaded.tokenizer.pad_token_id
+        self.engine.ended = tuple(ends if pad is None else [*ends, pad])  # a row that has ended goes on as padding
         with self.engine.using(rule=rule) as counts, torch.no_grad():
             started = time.perf_counter()
             model: Any = self.loaded.model
@@ -107,7 +107,7 @@ class TorchRuntime:
             ended = time.perf_counter()
             kept = PairCounts(counts.layers)
             kept.kept, kept.total = counts.kept.clone(), counts.total.clone()
-        tokens = [_until(row, set(ended_ids)) for row in out[:, batch.inputs["input_ids"].shape[1] :].tolist()]
+        tokens = [_until(row, set(ends)) for row in out[:, batch.inputs["input_ids"].shape[1] :].tolist()]
         texts = self.loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return Answers(texts, tokens, kept, clock.first - started, ended - clock.first)
 

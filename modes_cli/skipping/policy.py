@@ -48,8 +48,11 @@ class Rule:
         return self.reaches(self.score(Pairs(layer, pi, group, experts, hidden)), group)
 
     def reaches(self, score: Tensor, group: Tensor) -> Tensor:
-        """(tokens, k) bool: whether a score (tokens, k) reaches the threshold of its token's group (tokens,)."""
-        return score >= self.tau.to(score.device).index_select(0, group.long())[:, None]
+        """(tokens, k) bool: whether a score (tokens, k) reaches the threshold of its token's group (tokens,).
+
+        NaN does, as in the kernels: a broken token must not become one whose experts are all skipped.
+        """
+        return ~(score < self.tau.to(score.device).index_select(0, group.long())[:, None])
 
     def score(self, pairs: Pairs) -> Tensor:
         """(tokens, k) float32: what is compared with tau."""

@@ -13,6 +13,7 @@ from modes_cli.errors import BadOption, MissingArtifact, StaleArtifact
 from modes_cli.models.inputs import prompt_batch
 from modes_cli.models.loading import load
 from modes_cli.requests import ModelSpec
+from modes_cli.runtime.torch_model import open_model
 from tests.checkpoints import small_samples
 from tests.pipeline import prepared_run
 
@@ -77,6 +78,19 @@ def test_never_skips_with_thresholds_of_another_model(
     (other / "config.json").write_text(config.replace('"model_type"', '"note": "changed",\n  "model_type"', 1))
     with pytest.raises(StaleArtifact):
         modes.load(str(other), run=run)
+
+
+def test_only_an_end_token_ends_an_answer(prepared: tuple[Path, Path]) -> None:
+    """Not the padding token, which a model may generate: ONNX Runtime goes on there as well."""
+    runtime = open_model(ModelSpec(str(prepared[0]), device="cpu"), prepared[1], 0.6)
+    samples = small_samples(1)
+    whole = runtime.answer(samples, 6, None).tokens[0]
+    assert len(whole) == 6
+    runtime.loaded.tokenizer.pad_token = runtime.loaded.tokenizer.convert_ids_to_tokens(whole[2])
+    assert runtime.loaded.tokenizer.pad_token_id == whole[2]
+    assert runtime.answer(samples, 6, None).tokens[0] == whole
+    runtime.loaded.model.generation_config.eos_token_id = whole[2]
+    assert runtime.answer(samples, 6, None).tokens[0] == whole[: whole.index(whole[2])]
 
 
 def test_a_model_that_does_not_skip_has_no_statistics(prepared: tuple[Path, Path]) -> None:

@@ -76,6 +76,14 @@ def test_zero_thresholds_keep_everything_and_infinite_ones_nothing() -> None:
         assert rule.keeps_all == (kept == 16)
 
 
+def test_a_broken_token_is_not_turned_into_a_skipped_one() -> None:
+    """As in the kernels (modes.h): its NaN shows in its own output."""
+    pi, group = torch.full((3, 4), 0.25), torch.tensor([TEXT, VISION, DECODE])
+    pi[1, 2] = math.nan
+    kept = reference.rule(1, math.inf, math.inf).keep(pi, 0, group)
+    assert kept.nonzero().tolist() == [[1, 2]]
+
+
 def test_with_tau_changes_nothing_else() -> None:
     rule = reference.rule(2, 0, 0, seed=1)
     other = rule.with_tau({"vision": 0.5})
