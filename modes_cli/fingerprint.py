@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from modes_cli import files
-from modes_cli.export.safetensors_header import parse_header
+from modes_cli.safetensors_header import parse_header
 
 BLOCK = 4096  # bytes that are read of each tensor
 SMALL = 256 << 20  # bytes of a file that is read as a whole; the largest is a tokenizer's, tens of megabytes

@@ -13,8 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from modes_cli.errors import UnknownLayout
-from modes_cli.export.safetensors_header import Entry
 from modes_cli.export.weights import Segment
+from modes_cli.safetensors_header import Entry
 
 
 def in_memory(source: Mapping[str, Entry], model: Any) -> tuple[dict[str, Entry], dict[str, Segment]]:

@@ -11,10 +11,10 @@ from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import Bundle, BundleFile
 from modes_cli.errors import BadArtifact
 from modes_cli.export.packing import check_packed
-from modes_cli.export.safetensors_header import Entry, merged, read_header
 from modes_cli.export.thresholds import THRESHOLDS, layer_entries, read_rule
 from modes_cli.export.watching import Watch, walk
 from modes_cli.run_folder import read_json
+from modes_cli.safetensors_header import Entry, merged, read_header
 
 LIBRARY, CUDA_LIBRARY = "libmodes_cpu.so", "libmodes_cuda.so"  # the second where `modes export` found one
 HALF_DECODER = "decoder-cuda.onnx"  # of bundles whose weights are float16 or bfloat16, as its activations

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from modes_cli.errors import UnknownLayout
 from modes_cli.export.operator import DOMAIN, NAME
-from modes_cli.export.safetensors_header import Entry
+from modes_cli.safetensors_header import Entry
 
 INLINE_LIMIT = 1 << 20  # bytes; rotary tables and score scales are far below
 DTYPES = {

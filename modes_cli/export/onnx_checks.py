@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from modes_cli.errors import BadArtifact
 from modes_cli.export.integrity import require_file
-from modes_cli.export.safetensors_header import Entry
+from modes_cli.safetensors_header import Entry
 
 GRAPH_LIMIT = 256 << 20  # bytes; graphs hold no weights
 INLINE_LIMIT = 1 << 20

@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modes_cli.artifacts.bundle import Bundle
 from modes_cli.errors import BadArtifact, BadModel, UnknownLayout
-from modes_cli.export.safetensors_header import Entry, chunks
 from modes_cli.export.sparse import Hole
 from modes_cli.export.weights import Recoded, Target
 from modes_cli.models.blocks import MoEBlock
 from modes_cli.models.quantization import BLOCK, SUFFIX, WEIGHTS, Scheme, blocks_of, quantise
+from modes_cli.safetensors_header import Entry, chunks
 
 _CODES = {"int8": "I8", "int4": "U8"}  # the stored dtype, as safetensors names it
 _READ = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

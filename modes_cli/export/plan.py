@@ -14,7 +14,6 @@ from modes_cli.errors import BadOption
 from modes_cli.export import packing, skeleton, weights
 from modes_cli.export.conversion import in_memory
 from modes_cli.export.families import Family, family_of, known_family
-from modes_cli.export.safetensors_header import merged, parse_header
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
 from modes_cli.models.checkpoint import checkpoint_files
 from modes_cli.models.groups import TokenGroups, token_groups
@@ -22,6 +21,7 @@ from modes_cli.models.loading import describe
 from modes_cli.models.processor import load_processor
 from modes_cli.models.quantization import SCHEMES, Scheme
 from modes_cli.requests import ModelSpec
+from modes_cli.safetensors_header import merged, parse_header
 from modes_cli.skipping.policy import Rule
 from modes_cli.skipping.registry import policy
 

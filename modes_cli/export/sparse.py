@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from modes_cli.errors import BadArtifact
-from modes_cli.export.safetensors_header import ITEM_SIZE, Entry
+from modes_cli.safetensors_header import ITEM_SIZE, Entry
 
 PIECE = 16 << 20
 LEAST = 1 << 16  # bytes; a shorter hole is not worth leaving the reading for

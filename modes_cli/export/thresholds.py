@@ -19,8 +19,8 @@ from safetensors.torch import save
 from modes_cli.artifacts import bundle as artifact
 from modes_cli.artifacts.bundle import Bundle
 from modes_cli.errors import BadArtifact, BadOption
-from modes_cli.export.safetensors_header import Entry, Header, chunks, read_header
 from modes_cli.models.groups import GROUPS
+from modes_cli.safetensors_header import Entry, Header, chunks, read_header
 from modes_cli.skipping.formula import Formula, Sizes
 from modes_cli.skipping.policy import Rule, tau_vector
 from modes_cli.skipping.registry import policy

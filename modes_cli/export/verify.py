@@ -11,10 +11,10 @@ from modes_cli.export import integrity
 from modes_cli.export.genai import folder as genai
 from modes_cli.export.packing import check_scales
 from modes_cli.export.provenance import here
-from modes_cli.export.safetensors_header import Entry
 from modes_cli.export.thresholds import layer_entries, read_rule
 from modes_cli.export.watching import Watch
 from modes_cli.requests import Check
+from modes_cli.safetensors_header import Entry
 
 INDEX = "model.safetensors.index.json"
 _JSON_LIMIT = 64 << 20

@@ -25,8 +25,8 @@ from modes_cli.artifacts.bundle import BundleFile
 from modes_cli.errors import UnknownLayout
 from modes_cli.export import sparse
 from modes_cli.export.beside import Check
-from modes_cli.export.safetensors_header import ITEM_SIZE, Entry, chunks
 from modes_cli.export.sparse import Hole
+from modes_cli.safetensors_header import ITEM_SIZE, Entry, chunks
 
 PAGE = 4096
 SHARD_BYTES = 4 << 30

@@ -8,8 +8,8 @@ from typing import Any
 
 from modes_cli import files
 from modes_cli.errors import BadArtifact, BadModel
-from modes_cli.export.safetensors_header import parse_header
 from modes_cli.requests import ModelSpec
+from modes_cli.safetensors_header import parse_header
 
 REFERENCE = "digits"
 REFERENCE_FOLDER = Path(__file__).parent.parent / "reference"

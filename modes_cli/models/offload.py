@@ -21,8 +21,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from modes_cli.errors import BadArtifact, BadModel
-from modes_cli.export.safetensors_header import Entry
 from modes_cli.models.structure import TORCH_DTYPES, Structure
+from modes_cli.safetensors_header import Entry
 
 
 class _Absent:

@@ -11,9 +11,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from modes_cli.errors import UnknownLayout
-from modes_cli.export.safetensors_header import Entry, merged, parse_header
 from modes_cli.models.blocks import MoEBlock, find_moe_blocks
 from modes_cli.models.checkpoint import checkpoint_files
+from modes_cli.safetensors_header import Entry, merged, parse_header
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -22,9 +22,9 @@ from modes_cli.data.sample import DataSpec
 from modes_cli.data.tables import Parquet
 from modes_cli.errors import BadArtifact, BadData, BadModel, ModesError
 from modes_cli.export.onnx_checks import check_graph
-from modes_cli.export.safetensors_header import read_header
 from modes_cli.models.checkpoint import INDEX, checkpoint_files
 from modes_cli.runtime import interface
+from modes_cli.safetensors_header import read_header
 from tests.kernels import calling
 from tests.kernels.quantised import random_quantised
 

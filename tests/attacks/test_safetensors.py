@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from modes_cli.errors import BadArtifact
-from modes_cli.export.safetensors_header import read_header
+from modes_cli.safetensors_header import read_header
 from tests.attacks.bundles import NORM, SHARD, THRESHOLDS, assert_refused, assert_verify_fails, header_of, write_header
 from tests.export.bundles import relist
 

@@ -45,7 +45,7 @@ def code(text: str) -> set[str]:
 
 def test_limits() -> None:
     rows = table(SECURITY, "Limits")
-    assert len(rows) == 13
+    assert len(rows) == 15
     for what, said, place in rows:
         module, _, name = place.strip("`").rpartition(".")
         limit = getattr(importlib.import_module(f"modes_cli.{module}"), name)

@@ -15,8 +15,8 @@ from modes_cli.errors import WriteFailed
 from modes_cli.export import bundle as exporter
 from modes_cli.export import export_bundle, weights
 from modes_cli.export.beside import Check, beside, raise_failure
-from modes_cli.export.safetensors_header import read_header
 from modes_cli.requests import ExportRequest
+from modes_cli.safetensors_header import read_header
 from tests.export.bundles import make_checkpoint, make_run
 
 

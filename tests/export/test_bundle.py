@@ -16,11 +16,11 @@ from modes_cli.errors import BadOption, MissingArtifact, StaleArtifact, UnknownL
 from modes_cli.export import bundle as exporter
 from modes_cli.export import export_bundle
 from modes_cli.export.families import family_of
-from modes_cli.export.safetensors_header import merged, read_header
 from modes_cli.export.verify import verify_bundle
 from modes_cli.models.groups import DECODE, GROUPS, TEXT, VISION
 from modes_cli.requests import ExportRequest
 from modes_cli.run_folder import RunFolder
+from modes_cli.safetensors_header import merged, read_header
 from tests.export.bundles import SHARES, TAU, make_run, read, shared_bfloat16
 
 

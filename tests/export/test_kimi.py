@@ -20,7 +20,6 @@ from modes_cli.errors import BadModel, UnknownLayout
 from modes_cli.export import export_bundle
 from modes_cli.export.conversion import in_memory
 from modes_cli.export.families import moonvit
-from modes_cli.export.safetensors_header import Entry
 from modes_cli.export.skeleton import build
 from modes_cli.export.verify import verify_bundle
 from modes_cli.models.inputs import prompt_batch
@@ -30,6 +29,7 @@ from modes_cli.models.processor import load_processor
 from modes_cli.models.profiling import profile_model
 from modes_cli.requests import ExportRequest, ModelSpec, ProfileRequest
 from modes_cli.runtime.ort_model import OrtModel
+from modes_cli.safetensors_header import Entry
 from modes_cli.search import find_thresholds
 from modes_cli.skipping.engine import SkipEngine
 from modes_cli.skipping.policy import Rule, tau_vector

@@ -19,8 +19,8 @@ from modes_cli import files
 from modes_cli.errors import BadArtifact
 from modes_cli.export import sparse, weights
 from modes_cli.export.integrity import check_for_loading
-from modes_cli.export.safetensors_header import Entry, read_header
 from modes_cli.requests import ModelSpec
+from modes_cli.safetensors_header import Entry, read_header
 from tests.checkpoints import _moe, _multimodal, _text
 from tests.sparse_checkpoint import qwen3_vl_30b_a3b, write_run, write_sparse
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from modes_cli.errors import BadModel, UnknownLayout
 from modes_cli.export import weights
 from modes_cli.export.plan import checkpoint_files
-from modes_cli.export.safetensors_header import merged, read_header
+from modes_cli.safetensors_header import merged, read_header
 
 E, I, H = 3, 8, 20  # noqa: E741
 EXPERTS = "model.layers.1.mlp.experts"

@@ -5,7 +5,7 @@ from onnx import TensorProto, helper
 
 from modes_cli.export.integrity import graph_weights, read_bundle
 from modes_cli.export.onnx_checks import check_graph
-from modes_cli.export.safetensors_header import Entry
+from modes_cli.safetensors_header import Entry
 from tests.fuzz.mutate import as_onnx as mutate
 from tests.fuzz.places import real, scratch
 

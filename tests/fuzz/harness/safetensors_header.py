@@ -4,7 +4,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from modes_cli.export.safetensors_header import read_header
+from modes_cli.safetensors_header import read_header
 from tests.fuzz.mutate import as_safetensors as mutate
 from tests.fuzz.places import real, scratch
 
