@@ -6,13 +6,20 @@
 import errno
 import re
 
-LONGEST_MESSAGE = 400  # characters; what a library says can be pages long
+LONGEST_MESSAGE = 400  # characters of a library's; it can be pages long
+LONGEST_ERROR = 4000  # characters of one of ours: the value in it may be a tree that somebody else wrote
 _MEMORY_WORDS = (
     "out of memory", "allocate memory", "not enough memory", "no memory for", "bad_alloc", "can't start new thread",
 )  # fmt: skip
 # oneDNN's whole words when memory for its generated code or its scratchpad is refused. What it does not support fails one
 # step earlier, at "a primitive descriptor".
 _MEMORY_MESSAGES = ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
+
+
+def _bounded(message: str) -> str:
+    """At most LONGEST_ERROR characters: the beginning, which says what it is about, and the end, which says why."""
+    half = LONGEST_ERROR // 2 - 3
+    return message if len(message) <= LONGEST_ERROR else f"{message[:half]} [..] {message[-half:]}"
 
 
 class ModesError(Exception):
@@ -25,7 +32,7 @@ class ModesError(Exception):
     usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_bounded(message))
         self.hint = hint or self.usual_hint
 
     @property

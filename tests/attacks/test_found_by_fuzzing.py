@@ -14,15 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import save_file
 
 from modes_cli.data.archives import Archives
 from modes_cli.data.images import Unusable
 from modes_cli.data.local import open_samples
 from modes_cli.data.sample import DataSpec
 from modes_cli.data.tables import Parquet
-from modes_cli.errors import BadArtifact, BadData, BadModel, ModesError
+from modes_cli.errors import LONGEST_ERROR, BadArtifact, BadData, BadModel, ModesError
 from modes_cli.export.onnx_checks import check_graph
 from modes_cli.models.checkpoint import INDEX, checkpoint_files
+from modes_cli.models.loading import describe
+from modes_cli.requests import ModelSpec
 from modes_cli.runtime import interface
 from modes_cli.safetensors_header import read_header
 from tests.kernels import calling
@@ -166,3 +169,12 @@ def test_more_rows_than_can_be_drawn_from(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("modes_cli.data.tables.MAX_ROWS", 12_344)
     with pytest.raises(BadData, match="it has 12345 rows, the limit is 12344"):
         open_samples(DataSpec(str(path), None, 64), text_only=True)
+
+
+def test_a_tree_where_a_name_is_wanted(tmp_path: Path) -> None:
+    """The message has the value, and not the whole of it: 240,000 characters came out."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": [["x" * 200_000], "the end"]}))
+    with pytest.raises(BadModel, match=r"(?s)cannot read model type `\[\['xxxx.* \[\.\.\] .*'the end'\]`: ") as refused:
+        describe(ModelSpec(str(tmp_path), device="cpu"))
+    assert len(str(refused.value)) == LONGEST_ERROR

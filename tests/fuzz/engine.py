@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
 
-from modes_cli.errors import ModesError
+from modes_cli.errors import LONGEST_ERROR, ModesError
 
 TARGETS = (
     "artifact_json", "safetensors_header", "weights_index", "onnx_graph", "bundle_json", "thresholds_rule", "unfinished",
@@ -28,7 +28,6 @@ TARGETS = (
 )  # fmt: skip
 CPU_SECONDS = 10.0  # of one input
 MEMORY = 3 << 30  # bytes more than the process has when it begins
-LONGEST_MESSAGE = 20_000  # characters of an error
 CORPUS = 256  # inputs that the plain loop keeps to change further
 
 
@@ -67,7 +66,7 @@ class Watched:
             self.module.one(data)
         except ModesError as error:
             self.report.refused += 1
-            if len(str(error)) > LONGEST_MESSAGE:
+            if len(str(error)) > LONGEST_ERROR:
                 self._note(AssertionError(f"{type(error).__name__} of {len(str(error))} characters"), data, error)
             return False
         except (KeyboardInterrupt, SystemExit):
