@@ -53,13 +53,23 @@ def test_a_refusal_that_is_none_is_seen(bundle: Path, requests: list[soak.Reques
     assert tally.wrongly == 2
 
 
-def test_what_leaks_rises_and_what_trembles_does_not() -> None:
+def test_what_leaks_rises_and_what_trembles_or_steps_once_does_not() -> None:
     rng = np.random.default_rng(0)
     counts = range(0, 60_000, 1000)
     steady = [(n, 400_000_000 + int(rng.integers(-(10**5), 10**5)), 10**9) for n in counts]
     leaking = [(n, used + 50 * n, 10**9) for n, used, _ in steady]
-    assert soak.growth(steady)["leak"] == 0
+    once = [(n, 400_000_000 + 5840 * (n >= 48_000), 10**9) for n in counts]
+    for bounded in (steady, once):
+        assert soak.growth(bounded)["leak"] == 0
     assert soak.growth(leaking)["leak"] == pytest.approx(50_000, rel=0.2)  # of each 1,000 requests
+
+
+def test_the_arena_gives_back_what_no_answer_is_in(bundle: Path, requests: list[soak.Request]) -> None:
+    """Many answers in the making at a time leave it larger for as long as the session is there, unless it is told."""
+    shared = session(bundle)
+    before = soak.under_threads(shared, requests[:1], 0.1, 4)["samples"][-1]["in_use"]
+    after = soak.under_threads(shared, requests, 1.0, 4)["samples"][-1]["in_use"]
+    assert abs(after - before) < 4 << 20
 
 
 def test_memory_that_malloc_hands_out_is_counted() -> None:

@@ -1,13 +1,15 @@
 """docs/trust.md: a page from the files of its sections, and the counting that stands behind the faults."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli.process import Ended
-from tools.trust import SECTIONS, page, record
+from tools.trust import SECTIONS, fuzz, page, record
+from tools.trust.__main__ import main
 from tools.trust.faults import rows
 from tools.trust.tally import Tally
 
@@ -55,6 +57,29 @@ def test_a_result_that_cannot_be_told(tmp_path: Path) -> None:
 def test_the_page_in_docs_is_what_the_results_give() -> None:
     """`python -m tools.trust --page` writes it."""
     assert page.PAGE.read_text("utf-8") == page.render()
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_what_is_published_is_as_it_should_be(name: str) -> None:
+    tree = record.read(name)
+    assert tree is not None
+    assert tree["command"].startswith(record.command(name, True))
+    assert record.is_sound(name, tree["result"])
+
+
+def test_a_result_that_is_not_as_it_should_be_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = record.read("fuzz")
+    assert published is not None
+    monkeypatch.setattr(record, "write", partial(record.write, folder=tmp_path))
+    monkeypatch.setattr(page, "write", lambda: tmp_path / "trust.md")
+    monkeypatch.setattr("sys.argv", ["trust", "fuzz"])
+    monkeypatch.setattr(fuzz, "measure", lambda long: published["result"])
+    assert main() == 0
+    published["result"]["targets"]["zip_archive"]["defects"] = {"ValueError at a.py:1": {}}
+    assert main() == 1
+    assert capsys.readouterr().err == "not as it should be: fuzz\n"
 
 
 # -- counting -------------------------------------------------------------------------------------------------------------

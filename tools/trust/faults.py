@@ -1,5 +1,5 @@
 """No disk, no permission, no memory, a shard cut short, a process that dies: what is lost, what is half-written, what a second
-try makes. On a tiny random checkpoint, through the real command line: `python -m tools.trust.faults [--long]`.
+try makes. On a tiny random checkpoint, through the real command line: `python -m tools.trust [--long] faults`.
 
 After each fault every file under a final name must have the bytes that it had before, or those that an undisturbed run gives
 it, or be a valid artifact (a search keeps the targets that it has finished); then the cause is removed, and the same command
@@ -251,7 +251,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-if __name__ == "__main__":
-    from tools.trust import record
-
-    record.main("faults", measure, lambda result: not result["problems"])
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether every fault was met as it should be."""
+    return not result["problems"]

@@ -1,6 +1,6 @@
 """Fuzzing of every parser that reads what others wrote: executions and defects of each.
 
-    python -m tools.trust.fuzz [--long]
+    python -m tools.trust [--long] fuzz
 
 The targets are those of tests/fuzz. The long form gives each a minute of atheris, with coverage; it must be installed. The
 short one is the plain loop with a fixed number of inputs, the same each time.
@@ -42,7 +42,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [("parsers fuzzed", f"{len(each)}"), ("executions", f"{total:,}"), ("defects", f"{defects}"), *each]
 
 
-if __name__ == "__main__":
-    from tools.trust import record
-
-    record.main("fuzz", measure, lambda result: not any(report["defects"] for report in result["targets"].values()))
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether there are no defects."""
+    return not any(report["defects"] for report in result["targets"].values())

@@ -1,6 +1,6 @@
 """Run the named attacks, one test each, and count those that were refused.
 
-    python -m tools.trust.hostile [--long]
+    python -m tools.trust [--long] hostile
 
 An attack is refused when its test passes: the command ends with exit code 1 and names the file, or the library raises the error
 that makes it do so, before anything is loaded. Memory is how far the test's process grew meanwhile; commands run in processes
@@ -122,7 +122,6 @@ def pytest_runtest_logreport(report: Any) -> None:
         lines.write(json.dumps(found, ensure_ascii=True) + "\n")
 
 
-if __name__ == "__main__":
-    from tools.trust import record
-
-    record.main("hostile", measure, lambda result: result["refused"] == result["attacks"])
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether every attack was refused."""
+    return bool(result["refused"] == result["attacks"])

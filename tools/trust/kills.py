@@ -1,4 +1,4 @@
-"""SIGKILL at random moments and before file operations of every step, and what is left: `python -m tools.trust.kills --long`.
+"""SIGKILL at random moments and before file operations of every step, and what is left: `python -m tools.trust --long kills`.
 
 Two ways in turn: a step that replaces what an earlier one wrote (`--fresh`), and one that runs for the first time, saves what
 is unfinished after every batch, and is continued. After each kill, whatever stands under a final name must be valid, the same
@@ -23,7 +23,7 @@ from tests.cli.surviving import STEPS, command_line, comparable, differences, in
 
 KILLS = {True: 30, False: 2}  # at random moments of each step
 OPERATIONS = {True: 14, False: 3}  # file operations before which a step is killed, at most
-LATE = 3  # times a command may end before it is killed, for each kill
+LATE = 20  # times a command may end before it is killed, for each kill
 FIRST = {
     "profile": ("profile.json",),
     "calibrate": ("calibration.json", "calibration.safetensors", "thresholds.json", "evaluation.json", "bundle"),
@@ -53,7 +53,12 @@ def measure(long: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, _commands(Path(folder)) as commands:
         bench = _Bench(Path(folder), commands)
         found = {step: asdict(bench.kill(step, long)) for step in STEPS}
-    return {"commands": found, "seconds": round(time.monotonic() - began, 1)}
+    return {"commands": found, "random_each": KILLS[long], "seconds": round(time.monotonic() - began, 1)}
+
+
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether every step was killed as often as it should be, and nothing differed."""
+    return all(one["random_kills"] == result["random_each"] and not one["differences"] for one in result["commands"].values())
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,7 +112,9 @@ class _Bench:
             fresh = number % 2 == 0
             for _ in range(LATE):
                 arguments = self._start(step, fresh)
+                began = time.monotonic()
                 ended = self._commands.start(*arguments, interval=0).kill_after(rng.random() * usual[fresh]).wait()
+                usual[fresh] = min(usual[fresh], time.monotonic() - began) if ended.code == 0 else usual[fresh]
                 if ended.code == -signal.SIGKILL:
                     counts.random_kills += 1
                     self._judge(counts, f"{step}, random kill {number}", arguments, expected[fresh])
@@ -139,9 +146,3 @@ class _Bench:
         counts.bytes_compared += sum(map(len, expected.values()))
         counts.survived += not wrong
         counts.differences += [f"{what}: {one}" for one in wrong]
-
-
-if __name__ == "__main__":
-    from tools.trust import record
-
-    record.main("kills", measure, lambda result: not any(one["differences"] for one in result["commands"].values()))

@@ -1,13 +1,11 @@
 """The file of a section: what was found, with the command, the machine and the versions that it was found with."""
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +64,6 @@ def command(name: str, long: bool) -> str:
     return f"python -m tools.trust{' --long' * long} {name}"
 
 
-def main(name: str, measure: Callable[[bool], dict[str, Any]], sound: Callable[[dict[str, Any]], bool]) -> None:
-    """`python -m tools.trust.NAME [--long]`: measure one section and keep the result.
-
-    Raises:
-        SystemExit: with 1, if the result is not `sound`.
-    """
-    parser = argparse.ArgumentParser(description=f"Measure the section `{name}` of docs/trust.md.")
-    parser.add_argument("--long", action="store_true", help="as often as for a release")
-    long = parser.parse_args().long
-    result = measure(long)
-    print(f"written: {write(name, command(name, long), result)}")
-    for what, number in rows(name, result):
-        print(f"{what}: {number}")
-    raise SystemExit(not sound(result))
+def is_sound(name: str, result: dict[str, Any]) -> bool:
+    """The section's own word on whether its result is as it should be."""
+    return bool(importlib.import_module(f"tools.trust.{name}").is_sound(result))

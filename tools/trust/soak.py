@@ -1,12 +1,14 @@
 """One ONNX Runtime session of a bundle under many threads: whether it leaks, and whether any answer changes.
 
-    python -m tools.trust.soak [--long]
+    python -m tools.trust [--long] soak
 
 The bundle is made of `digits`. A request is a prefill of one to four prompts, with or without images, at one of several
 thresholds, and returns logits, counts of kept pairs and the whole cache. Every answer is compared bit for bit with one that a
 session with a single thread gave before. One request in sixteen is refused (a tau of another length), each time. Memory is what
 is in use after all threads have stopped for a moment: what malloc has handed out, and what the process has resident. It is
-measured in a process of its own, whose malloc keeps nothing back for single threads, so that what is freed is seen to be.
+measured in a process of its own, whose malloc has one heap and keeps nothing back for single threads, after ONNX Runtime's
+arena has given back what no answer is in: what is freed is then seen to be. (The arena grows by 64 MB at a time, whenever more
+answers than before happen to be in the making.)
 """
 
 import ctypes
@@ -40,8 +42,9 @@ THREADS = 32
 SECONDS = {True: 600.0, False: 10.0}
 CYCLES = {True: 60, False: 6}
 PAUSES = {True: 60, False: 6}  # how often memory is looked at; a pause waits for the slowest thread's request
+SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")  # at the end of a request with this option
 WARM_UP = 3  # times that all threads ask the largest request at once: ONNX Runtime's arena has then had to grow
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}
 PROMPTS = 24
 TAUS = (0.0, 0.02, 0.05, 0.1, 10.0)  # of text and vision; the last skips every expert of the two
 REFUSED = 16  # one request in so many has a tau of another length
@@ -164,7 +167,11 @@ def under_threads(shared: ort.InferenceSession, requests: list[Request], seconds
     samples: list[tuple[int, int, int]] = []  # requests so far, bytes in use, bytes resident
     started = time.monotonic()
 
+    shrinking = ort.RunOptions()
+    shrinking.add_run_config_entry(*SHRINK)
+
     def look() -> None:
+        shared.run(None, largest.feeds, shrinking)
         gc.collect()
         samples.append((sum(tally.requests for tally in tallies), in_use(), resident()))
 
@@ -209,22 +216,22 @@ def under_threads(shared: ort.InferenceSession, requests: list[Request], seconds
     }
 
 
-def slope(samples: list[tuple[int, int, int]], column: int) -> tuple[float, float]:
-    """Bytes for each 1,000 of what is counted, and the standard error: a least-squares line through the second half, when
-    all is warm."""
+def slope(samples: list[tuple[int, int, int]], column: int) -> tuple[float, float, float]:
+    """Bytes for each 1,000 of what is counted, with the bounds of three standard errors: the median of the slopes between any
+    two of the second half, when all is warm, and the slopes at Sen's ranks (1968). A single small step is no slope to it."""
     half = np.array(samples[len(samples) // 2 :], np.float64)
-    counted, values = half[:, 0] - half[:, 0].mean(), half[:, column] - half[:, column].mean()
-    square = (counted**2).sum()
-    rise = (counted * values).sum() / square
-    error = np.sqrt(((values - rise * counted) ** 2).sum() / max(1, len(half) - 2) / square)
-    return float(1000 * rise), float(1000 * error)
+    first, second = np.triu_indices(len(half), 1)
+    slopes = np.sort(1000 * (half[second, column] - half[first, column]) / (half[second, 0] - half[first, 0]))
+    away = 1.5 * np.sqrt(len(half) * (len(half) - 1) * (2 * len(half) + 5) / 18)  # half of three errors of Kendall's S
+    low, high = max(0, round(len(slopes) / 2 - away)), min(len(slopes) - 1, round(len(slopes) / 2 + away))
+    return float(np.median(slopes)), float(slopes[low]), float(slopes[high])
 
 
 def growth(samples: list[tuple[int, int, int]]) -> dict[str, float]:
-    """What malloc has handed out more for each 1,000; `leak`: 0 unless the line rises by three of its errors."""
-    rise, error = slope(samples, 1)
+    """What malloc has handed out more for each 1,000; `leak`: 0 unless the lower bound is above it."""
+    rise, low, high = slope(samples, 1)
     resident = samples[-1][2] / samples[len(samples) // 2][2] - 1
-    return {"slope": rise, "error": error, "leak": rise if rise > 3 * error else 0.0, "resident_second_half": resident}
+    return {"slope": rise, "low": low, "high": high, "leak": rise if low > 0 else 0.0, "resident_second_half": resident}
 
 
 def open_and_close(bundle: Path, request: Request, cycles: int) -> dict[str, Any]:
@@ -281,7 +288,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def leaked(found: dict[str, float]) -> str:
     """Of `growth`, for people."""
-    return f"{found['leak']:,.0f} bytes (measured {found['slope']:+,.0f} ± {3 * found['error']:,.0f})"
+    return (
+        f"{found['leak']:,.0f} bytes (measured {found['slope']:+,.0f}, between {found['low']:+,.0f} and {found['high']:+,.0f})"
+    )
 
 
 def is_sound(result: dict[str, Any]) -> bool:
@@ -291,10 +300,6 @@ def is_sound(result: dict[str, Any]) -> bool:
     return not wrong and not (told and result["bytes_per_1000_requests"]["leak"])
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == [INSIDE]:  # the process of its own, and its folder
-        (Path(sys.argv[2]) / RESULT).write_text(json.dumps(measure_here(Path(sys.argv[2]), "--long" in sys.argv)), "utf-8")
-    else:
-        from tools.trust import record
-
-        record.main("soak", measure, is_sound)
+if __name__ == "__main__":  # the process of its own, and its folder
+    assert sys.argv[1:2] == [INSIDE], "python -m tools.trust soak"
+    (Path(sys.argv[2]) / RESULT).write_text(json.dumps(measure_here(Path(sys.argv[2]), "--long" in sys.argv)), "utf-8")
