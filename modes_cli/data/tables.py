@@ -18,7 +18,7 @@ MAX_LINE = 16 << 20  # bytes of one .jsonl line
 HEAD = 64  # lines that are looked at for column names
 BATCH = 16  # parquet rows in memory at a time: they may hold images
 MAX_ROW_BYTES = 1 << 30  # of one parquet row, unfolded
-MAX_ROWS = 1 << 26  # of one parquet file: the footer may claim any number, and drawing from them takes memory for each
+MAX_ROWS = 1 << 23  # of one parquet file: the footer may claim any number, and drawing takes time and memory for each
 
 
 class Table(Protocol):

@@ -186,6 +186,7 @@ def under_threads(shared: ort.InferenceSession, requests: list[Request], seconds
                 ask(shared, largest, tallies[number], quiet)
             for _ in range(pauses):
                 until = time.monotonic() + seconds / pauses
+                ask(shared, requests[int(rng.integers(len(requests)))], tallies[number], quiet)
                 while time.monotonic() < until:
                     ask(shared, requests[int(rng.integers(len(requests)))], tallies[number], quiet)
                 barrier.wait()
