@@ -10,7 +10,7 @@ import pytest
 
 from modes_cli.runtime.session import session
 from tests.export.bundles import shared_bundle
-from tools.trust import fuzz, soak
+from tools.trust import fuzz, memory, soak
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_what_leaks_rises_and_what_trembles_or_steps_once_does_not() -> None:
     leaking = [(n, used + 50 * n, 10**9) for n, used, _ in steady]
     once = [(n, 400_000_000 + 5840 * (n >= 48_000), 10**9) for n in counts]
     for bounded in (steady, once):
-        assert soak.growth(bounded)["leak"] == 0
-    assert soak.growth(leaking)["leak"] == pytest.approx(50_000, rel=0.2)  # of each 1,000 requests
+        assert memory.growth(bounded)["leak"] == 0
+    assert memory.growth(leaking)["leak"] == pytest.approx(50_000, rel=0.2)  # of each 1,000 requests
 
 
 def test_the_arena_gives_back_what_no_answer_is_in(bundle: Path, requests: list[soak.Request]) -> None:
@@ -73,9 +73,9 @@ def test_the_arena_gives_back_what_no_answer_is_in(bundle: Path, requests: list[
 
 
 def test_memory_that_malloc_hands_out_is_counted() -> None:
-    before = soak.in_use()
+    before = memory.in_use()
     held = np.ones(5 << 20, np.uint8)
-    assert soak.in_use() - before >= held.nbytes
+    assert memory.in_use() - before >= held.nbytes
 
 
 def test_rows_of_a_fuzz_run() -> None:

@@ -11,7 +11,6 @@ arena has given back what no answer is in: what is freed is then seen to be. (Th
 answers than before happen to be in the making.)
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -37,6 +36,7 @@ from modes_cli.requests import CalibrateRequest, ExportRequest, ModelSpec, Searc
 from modes_cli.runtime.ort_model import OrtModel
 from modes_cli.runtime.session import session
 from modes_cli.search import find_thresholds
+from tools.trust.memory import MALLOC, Look, growth, in_use, leaked, resident
 
 THREADS = 32
 SECONDS = {True: 600.0, False: 10.0}
@@ -44,7 +44,6 @@ CYCLES = {True: 60, False: 6}
 PAUSES = {True: 60, False: 6}  # how often memory is looked at; a pause waits for the slowest thread's request
 SHRINK = ("memory.enable_memory_arena_shrinkage", "cpu:0")  # at the end of a request with this option
 WARM_UP = 3  # times that all threads ask the largest request at once: ONNX Runtime's arena has then had to grow
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}
 PROMPTS = 24
 TAUS = (0.0, 0.02, 0.05, 0.1, 10.0)  # of text and vision; the last skips every expert of the two
 REFUSED = 16  # one request in so many has a tau of another length
@@ -70,26 +69,6 @@ class Tally:
     changed: int = 0
     refused: int = 0
     wrongly: int = 0  # refused and should not be, or the other way round
-
-
-class Mallinfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`, all size_t: over all arenas."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                                                     "uordblks", "fordblks", "keepcost")]  # fmt: skip
-
-
-def in_use() -> int:
-    """Bytes that malloc has handed out and not got back."""
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = Mallinfo
-    info = libc.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_bundle(folder: Path) -> Path:
@@ -164,7 +143,7 @@ def under_threads(shared: ort.InferenceSession, requests: list[Request], seconds
         (request for request in requests if request.expected), key=lambda request: request.feeds["inputs_embeds"].size
     )
     tallies = [Tally() for _ in range(THREADS)]
-    samples: list[tuple[int, int, int]] = []  # requests so far, bytes in use, bytes resident
+    samples: list[Look] = []
     started = time.monotonic()
 
     shrinking = ort.RunOptions()
@@ -217,24 +196,6 @@ def under_threads(shared: ort.InferenceSession, requests: list[Request], seconds
     }
 
 
-def slope(samples: list[tuple[int, int, int]], column: int) -> tuple[float, float, float]:
-    """Bytes for each 1,000 of what is counted, with the bounds of three standard errors: the median of the slopes between any
-    two of the second half, when all is warm, and the slopes at Sen's ranks (1968). A single small step is no slope to it."""
-    half = np.array(samples[len(samples) // 2 :], np.float64)
-    first, second = np.triu_indices(len(half), 1)
-    slopes = np.sort(1000 * (half[second, column] - half[first, column]) / (half[second, 0] - half[first, 0]))
-    away = 1.5 * np.sqrt(len(half) * (len(half) - 1) * (2 * len(half) + 5) / 18)  # half of three errors of Kendall's S
-    low, high = max(0, round(len(slopes) / 2 - away)), min(len(slopes) - 1, round(len(slopes) / 2 + away))
-    return float(np.median(slopes)), float(slopes[low]), float(slopes[high])
-
-
-def growth(samples: list[tuple[int, int, int]]) -> dict[str, float]:
-    """What malloc has handed out more for each 1,000; `leak`: 0 unless the lower bound is above it."""
-    rise, low, high = slope(samples, 1)
-    resident = samples[-1][2] / samples[len(samples) // 2][2] - 1
-    return {"slope": rise, "low": low, "high": high, "leak": rise if low > 0 else 0.0, "resident_second_half": resident}
-
-
 def open_and_close(bundle: Path, request: Request, cycles: int) -> dict[str, Any]:
     """Sessions made, asked once and dropped, one after the other."""
     samples, changed = [], 0
@@ -285,13 +246,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("sessions opened and closed", f"{opened['sessions']}"),
         ("leak per 1,000 sessions", leaked(opened["bytes_per_1000_sessions"])),
     ]
-
-
-def leaked(found: dict[str, float]) -> str:
-    """Of `growth`, for people."""
-    return (
-        f"{found['leak']:,.0f} bytes (measured {found['slope']:+,.0f}, between {found['low']:+,.0f} and {found['high']:+,.0f})"
-    )
 
 
 def is_sound(result: dict[str, Any]) -> bool:
