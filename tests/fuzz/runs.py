@@ -43,8 +43,11 @@ def has_atheris() -> bool:
 
 
 def prepare_files(out: Path) -> None:
-    """Real artifacts in OUT/files: a bundle that is exported here from a tiny random checkpoint. Made again by other code."""
-    folder = out / "files"
+    """Real artifacts in OUT/files: a bundle that is exported here from a tiny random checkpoint. Made again by other code.
+
+    The same code gives the same bytes, wherever OUT is.
+    """
+    folder = out.resolve() / "files"
     made_by = folder / "code"
     if made_by.exists() and made_by.read_text("utf-8") == code_digest():
         return
@@ -55,9 +58,10 @@ def prepare_files(out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     made = folder / "made"
     made.mkdir(parents=True)
-    run = make_run(made / "run", make_checkpoint(made / "checkpoint"))
-    export_bundle(ExportRequest(run=run))
-    places.make_files(folder, run / "bundle", made / "checkpoint")
+    with contextlib.chdir(made):  # paths stand in artifacts
+        run = make_run(Path("run"), make_checkpoint(Path("checkpoint")))
+        export_bundle(ExportRequest(run=run))
+        places.make_files(folder, run / "bundle", Path("checkpoint"))
     shutil.rmtree(made)
     made_by.write_text(code_digest(), "utf-8")
 

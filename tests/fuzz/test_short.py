@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 
-from modes_cli.fingerprint import code_digest
-from tests.export.bundles import shared_bundle, shared_checkpoint
-from tests.fuzz import engine, mutate, places, runs
-from tests.once import shared_base
+from tests.cli.process import content
+from tests.fuzz import engine, mutate, runs
 
 EXECUTIONS = 200
 ROOT = Path(__file__).parents[2]
@@ -37,9 +35,8 @@ def fuzz(out: Path, engine_name: str, *targets: str) -> None:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files to begin from."""
-    base, out = shared_base(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("fuzz")
-    places.make_files(out / "files", shared_bundle(base), shared_checkpoint(base))
-    (out / "files" / "code").write_text(code_digest(), "utf-8")
+    out = tmp_path_factory.mktemp("fuzz")
+    runs.prepare_files(out)
     return out
 
 
@@ -63,6 +60,14 @@ def test_only_errors_of_ours_come_out(reports: dict[str, dict[str, Any]], target
     assert report["engine"] == "plain"
     assert report["accepted"], "nothing gets through: the seeds are stale"
     assert report["refused"] or target == "unfinished", "nothing is refused: the inputs are not changed"
+
+
+def test_the_files_to_begin_from_are_the_same_anywhere(out: Path, tmp_path: Path) -> None:
+    runs.prepare_files(tmp_path / "another" / "place")
+    first, second = (content(place / "files") for place in (out, tmp_path / "another" / "place"))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert {"bundle/bundle.json", "bundle/decoder.onnx", "checkpoint/config.json"} <= first.keys()
 
 
 def test_every_harness_is_a_target() -> None:
