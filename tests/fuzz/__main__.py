@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 
 from tests.fuzz import runs
-from tests.fuzz.engine import TARGETS
+from tests.fuzz.engine import ENDLESS, TARGETS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the parsers.")
     parser.add_argument("targets", nargs="*", choices=[[], *TARGETS], help="default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each target")
-    parser.add_argument("--executions", type=int, default=1 << 60, help="of each target")
+    parser.add_argument("--executions", type=int, default=ENDLESS, help="of each target")
     parser.add_argument("--engine", choices=["atheris", "plain"], default="atheris")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"))

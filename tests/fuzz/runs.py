@@ -20,6 +20,7 @@ from typing import Any
 from modes_cli.errors import ModesError
 from modes_cli.fingerprint import code_digest
 from tests.fuzz import engine, places
+from tests.fuzz.engine import ENDLESS
 
 ROOT = Path(__file__).parents[2]
 MARGIN = 300.0  # seconds for a process to start and end on a busy machine, beyond what it was given to fuzz
@@ -34,7 +35,7 @@ COVERED = (
 class Limits:
     engine: str = "plain"
     seconds: float = 60.0
-    executions: int = 1 << 60
+    executions: int = ENDLESS
     seed: int = 0
 
 
