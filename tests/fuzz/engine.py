@@ -150,8 +150,8 @@ def with_atheris(
 
     settings = {"seed": seed + 1, "artifact_prefix": f"{corpus.parent}/", "max_len": 1 << 20, "len_control": 0, "reload": 0}
     if executions < ENDLESS:
-        # What was compared has names of folders in it, and how rare a path is depends on them: others each time.
-        settings |= {"use_cmp": 0, "entropic": 0}
+        # What was compared, and how often, depends on the names of temporary folders, which are others each time.
+        settings |= {"use_cmp": 0, "entropic": 0, "use_counters": 0}
     ours = {"rss_limit_mb": 0, "timeout": 3600, "verbosity": 0, "print_final_stats": 0}  # limits are those of `prepare`
     words = [sys.argv[0], str(corpus), *(f"-{name}={value}" for name, value in (settings | ours).items())]
     atheris.Setup(words, one, custom_mutator=mutate)
