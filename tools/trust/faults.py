@@ -252,5 +252,5 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def is_sound(result: dict[str, Any]) -> bool:
-    """Whether every fault was met as it should be."""
-    return not result["problems"]
+    """Whether there were faults, and every one was met as it should be."""
+    return bool(result["faults"]) and not result["problems"]

@@ -43,5 +43,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def is_sound(result: dict[str, Any]) -> bool:
-    """Whether there are no defects."""
-    return not any(report["defects"] for report in result["targets"].values())
+    """Whether every target was tried, something of each accepted, and no defect found."""
+    reports = result["targets"]
+    return set(reports) == set(TARGETS) and all(one["accepted"] and not one["defects"] for one in reports.values())

@@ -71,6 +71,11 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether there were attacks, and every one was refused."""
+    return 0 < result["attacks"] == result["refused"]
+
+
 def _share(attacks: list[dict[str, Any]]) -> str:
     return f"{sum(one['refused'] for one in attacks)} of {len(attacks)}"
 
@@ -120,8 +125,3 @@ def pytest_runtest_logreport(report: Any) -> None:
     }
     with Path(where).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(found, ensure_ascii=True) + "\n")
-
-
-def is_sound(result: dict[str, Any]) -> bool:
-    """Whether every attack was refused."""
-    return bool(result["refused"] == result["attacks"])
